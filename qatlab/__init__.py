@@ -1,0 +1,10 @@
+"""qatlab quantizes CLIP's image encoder and measures what that does beyond accuracy."""
+
+from pathlib import Path
+
+# In a checkout, callbacks/ and recipes/ lie beside this package and are imported as qatlab.callbacks and qatlab.recipes.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "callbacks").is_dir() and (_root / "recipes").is_dir():
+    __path__.append(str(_root))
+
+__version__ = "0.1.0"
