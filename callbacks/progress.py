@@ -1,0 +1,53 @@
+"""Time left, in lines, where there is no terminal for a bar (a log file, a batch job)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+
+FIRST = 3  # batches before the first estimate
+EVERY = 20.0  # seconds between lines
+
+
+class ProgressLines(L.Callback):
+    """Prints how far training and each pass are, and the time left: after the first batches, then every 20 seconds."""
+
+    def __init__(self, passes: dict[str, int]) -> None:
+        self.passes = passes  # batches of the pass about to run, filled in by whoever starts it
+        self.start = self.last = 0.0
+        self.done = self.left = 0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start counting a pass; a probe inside training stays silent."""
+        if not trainer.training:
+            self._begin()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start counting steps, from where a resumed run stands."""
+        self.left = trainer.max_steps - trainer.global_step
+        self._begin()
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Count one batch of a pass."""
+        if not trainer.training:
+            self._tick(trainer, "batches", self.passes.get("batches", 0))
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Count one step."""
+        self._tick(trainer, "steps", self.left)
+
+    def _begin(self) -> None:
+        self.start = self.last = time.monotonic()
+        self.done = 0
+
+    def _tick(self, trainer: L.Trainer, unit: str, total: int) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if trainer.is_global_zero and total and (self.done == FIRST or now - self.last > EVERY):
+            self.last = now
+            each = (now - self.start) / self.done
+            print(
+                f"  {self.done}/{total} {unit}, {each:.2f} s each, {each * (total - self.done):.0f} s left", flush=True
+            )

@@ -1,0 +1,304 @@
+"""Every option, with a sentence under each; the recipes are registered with Hydra here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from qatlab.cache import atomic
+from qatlab.errors import UserError, nearest
+
+
+@dataclass
+class ModelConfig:
+    """Which CLIP, and where its weights come from."""
+
+    name: str = "tiny"
+    """open_clip architecture (ViT-B-32, ViT-L-14, ...), or 'tiny', the embedded model."""
+    pretrained: str | None = None
+    """open_clip weight tag (openai, laion400m_e32, ...); it also decides the activation function."""
+    checkpoint: str | None = None
+    """Local weights instead of a download: .safetensors or weights-only .pt, a full CLIP or its image tower (visual.*) alone."""
+    quick_gelu: bool | None = None
+    """Activation of a checkpoint whose tag does not tell it: true for QuickGELU, false for GELU."""
+    text_features: str | None = None
+    """FILE.safetensors:TABLE of class embeddings that stand in for the text tower, with the class names beside it."""
+
+
+@dataclass
+class SetConfig:
+    """One labelled or OOD image set of a suite."""
+
+    path: str = "???"
+    """Folder below suite.root with one folder per class (or a flat one for OOD), or 'embedded:<kind>'."""
+    role: str = "???"
+    """id | shifted | near_ood | far_ood | calibration (labelled, fits the temperature, never scored)."""
+    reference: str | None = None
+    """ID set whose classes and scores this set is measured against; default: the suite's first id set."""
+    pick: str = "0::1"
+    """Slice of the images in sorted file order, as Python writes it: '0::2' takes every second."""
+    exclude: list[str] = field(default_factory=list)
+    """Class folders to leave out."""
+    classes: str | None = None
+    """File that maps class folders to class names (json, csv or txt), where the folder names do not."""
+
+
+@dataclass
+class SuiteConfig:
+    """The image sets a model is scored on."""
+
+    root: str | None = None
+    """Folder that the sets' paths start from."""
+    sets: dict[str, SetConfig] = field(default_factory=dict)
+    """The sets by name."""
+    class_names: list[str] | None = None
+    """Class names in label order; default: those of model.text_features, or the embedded world's."""
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
+    """Prompt templates, averaged per class."""
+    images: int = 512
+    """Images per embedded set."""
+    seed: int = 0
+    """Seed of the embedded world's evaluation images."""
+    probe_sets: list[str] | None = None
+    """Sets scored every fit.eval_every steps; default: all."""
+    probe_images: int = 128
+    """Images per set in a probe."""
+    batch_size: int = 64
+    """Images per forward of an evaluation, per device."""
+
+
+@dataclass
+class QuantConfig:
+    """What is rounded, and how."""
+
+    weight: Any = None
+    """Weight quantizer, a _target_ block; choices in quant/weight=."""
+    act: Any = None
+    """Activation quantizer, a _target_ block; choices in quant/act=."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """Exceptions by layer name pattern, first match wins: null skips a layer, {act: null} or {weight: {bits: 4}} changes it."""
+    patch_conv: bool = False
+    """Quantize the patch convolution too."""
+    final_proj: bool = False
+    """Quantize the final projection too."""
+    calibration_images: int = 64
+    """Images of the caption data that set the activation scales: the first ones, in shard order."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """The weighted sum that training minimises; the names are functions in qatlab/objectives.py."""
+
+    contrastive: float = 0.0
+    """Weight of the image-caption loss with frozen text features (CLIP's own)."""
+    kl: float = 0.0
+    """Weight of KL(teacher || student) on image-text logits over the batch's captions or data.text_bank."""
+    feature_mse: float = 0.0
+    """Weight of the squared distance between the unit features of student and teacher."""
+    class_cross_entropy: float = 0.0
+    """Weight of the cross-entropy against class prompts (only for data with labels: the embedded world)."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW's options apart from the learning rate of the weights (fit.lr)."""
+
+    scale_lr: float = 1e-3
+    """Learning rate of learned quantizer scales."""
+    log_scale: bool = True
+    """Learn log s (a step changes s by a factor) instead of s itself."""
+    weight_decay: float = 0.0
+    """Decay of weight matrices; biases, norms and scales have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+
+
+@dataclass
+class FitConfig:
+    """How long and on what the student is trained."""
+
+    steps: int = 0
+    """Optimizer steps; 0 only quantizes."""
+    batch_size: int = 100
+    """Global batch: images per step over all devices."""
+    unique_samples: int | None = None
+    """Loop over this many caption samples (light QAT: 100); null streams the shards."""
+    lr: float = 1e-6
+    """Learning rate of the weights."""
+    schedule: str = "constant"
+    """constant | cosine."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    grad_clip: float | None = None
+    """Largest norm of the gradient."""
+    from_scratch: bool = False
+    """Train both towers from random weights instead of adapting a pretrained image tower."""
+    eval_every: int = 50
+    """Steps between probes on the small suite; 0: none."""
+    checkpoint_every: int = 50
+    """Steps between training checkpoints."""
+    workers: int = 2
+    """Data-loading processes per device."""
+
+
+@dataclass
+class TrainerConfig:
+    """Where it runs: passed to lightning.Trainer."""
+
+    accelerator: str = "auto"
+    """cpu | gpu | auto."""
+    devices: int = 1
+    """Devices per node."""
+    num_nodes: int = 1
+    """Nodes."""
+    precision: str = "32-true"
+    """32-true | bf16-mixed | 16-mixed."""
+    strategy: str = "auto"
+    """Lightning strategy; auto: ddp where there is more than one device."""
+
+
+@dataclass
+class WandbConfig:
+    """Curves in Weights & Biases; CSV is always written."""
+
+    mode: str = "auto"
+    """auto (online when a key is configured, else offline) | online | offline | disabled."""
+    project: str = "qatlab"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user."""
+
+
+def _callbacks() -> dict[str, Any]:
+    return {
+        "calibration": {"_target_": "qatlab.callbacks.Calibration"},
+        "ood": {"_target_": "qatlab.callbacks.OOD"},
+        "predictions": {"_target_": "qatlab.callbacks.Predictions"},
+        "temperature": {"_target_": "qatlab.callbacks.Temperature"},
+    }
+
+
+@dataclass
+class Config:
+    """The whole of a run."""
+
+    # _self_ first, else the recipe has no effect; recipe last, else its `override` lines fail.
+    defaults: list[Any] = field(
+        default_factory=lambda: [
+            "_self_",
+            {"model": "tiny"},
+            {"data": "embedded"},
+            {"suite": "embedded"},
+            {"trainer": "default"},
+            {"optim": "default"},
+            {"quant/weight": "minmax"},
+            {"quant/act": "minmax"},
+            {"recipe": None},
+            {"override hydra/job_logging": "none"},
+            {"override hydra/hydra_logging": "none"},
+        ]
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Any = None
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    callbacks: dict[str, Any] = field(default_factory=_callbacks)
+    """Evaluations by name, _target_ blocks; callbacks.ood=null removes one."""
+    checkpoint: str | None = None
+    """evaluate only: a finished run's folder (runs/<recipe>-<id>)."""
+    seed: int = 0
+    """Seed of everything random."""
+    output: str = "runs"
+    """Folder that run folders are made in."""
+    force: bool = False
+    """Move an existing run folder aside and start anew."""
+    hydra: Any = field(
+        # Hydra writes nothing of its own: the run folder is decided in one place, qatlab.results.
+        default_factory=lambda: {
+            "output_subdir": None,
+            "run": {"dir": "."},
+            "sweep": {"dir": "${output}", "subdir": "."},
+        }
+    )
+
+
+def recipe_files(folder: str = "") -> dict[str, Path]:
+    """Return {name: file} of the YAML choices in recipes/<folder>; "" gives the recipes themselves."""
+    root = Path(str(files("qatlab.recipes")))
+    return {path.stem: path for path in sorted((root / folder).glob("*.yaml"))}
+
+
+GROUPS = ["model", "data", "suite", "trainer", "optim", "quant/weight", "quant/act"]
+
+
+def register() -> None:
+    """Make the options and every file under recipes/ known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="qatlab", node=Config)
+    for name, path in recipe_files().items():
+        store.store(group="recipe", name=name, node=OmegaConf.load(path), package="_global_")
+    for group in GROUPS:
+        for name, path in recipe_files(group).items():
+            store.store(group=group, name=name, node=OmegaConf.load(path))
+
+
+def as_config(composed: DictConfig) -> Config:
+    """Return the composed options as typed dataclasses, interpolations resolved."""
+    composed = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    assert isinstance(config, Config)
+    _refuse_unknown(config)
+    return config
+
+
+def _refuse_unknown(options: Any, prefix: str = "") -> None:
+    """Raise UserError for an option added with '+' that nothing reads."""
+    known = [entry.name for entry in fields(options)]
+    for name, value in vars(options).items():
+        if name not in known:
+            raise UserError(f"{prefix}{name} is not an option{nearest(name, known)}; --help lists them.")
+        for key, entry in value.items() if isinstance(value, dict) else [("", value)]:
+            if is_dataclass(entry):
+                _refuse_unknown(entry, f"{prefix}{name}.{key}{'.' if key else ''}")
+
+
+def compose(*overrides: str) -> Config:
+    """Return the options that ``python -m qatlab.fit <overrides>`` would run with (for tests and notebooks)."""
+    with initialize(config_path=None, version_base="1.3"):
+        return as_config(hydra_compose("qatlab", overrides=list(overrides)))
+
+
+def save(config: Config, recipe: str, path: Path) -> None:
+    """Write the options and the recipe's name as YAML, atomically."""
+    options = {
+        key: value for key, value in asdict(config).items() if key not in ("defaults", "hydra", "force", "checkpoint")
+    }
+    with atomic(path) as temporary:
+        OmegaConf.save(OmegaConf.create({"recipe": recipe, **options}), temporary)
+
+
+def load(path: Path) -> tuple[Config, str]:
+    """Return the options and recipe name that ``save`` wrote; raises UserError when the file is not there."""
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there: checkpoint= wants the folder of a run, as `python -m qatlab.fit` prints it."
+        )
+    stored = OmegaConf.load(path)
+    assert isinstance(stored, DictConfig)
+    recipe = str(stored.pop("recipe"))
+    return as_config(OmegaConf.merge(OmegaConf.structured(Config), stored)), recipe  # type: ignore[arg-type]
+
+
+register()

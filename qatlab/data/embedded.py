@@ -1,0 +1,216 @@
+"""The embedded world as data: evaluation sets, caption shards, and the stream that the tiny CLIP was trained on."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from qatlab.cache import atomic
+from qatlab.data import world
+from qatlab.data.scenes import SIZE, noise
+from qatlab.data.vocabulary import TEMPLATES, caption
+from qatlab.errors import UserError, nearest
+
+CLASS_NAMES = world.SHAPES
+__all__ = ["CLASS_NAMES", "KINDS", "TEMPLATES", "EmbeddedSet", "EmbeddedStream", "write_caption_shards"]
+
+Images = NDArray[np.uint8]
+Picture = Callable[[Sequence[world.Spec], int, Sequence[int]], Images]
+
+
+def _plain(specs: Sequence[world.Spec], seed: int, indices: Sequence[int]) -> Images:
+    return world.render(specs)
+
+
+def _noise(specs: Sequence[world.Spec], seed: int, indices: Sequence[int]) -> Images:
+    """Gaussian sensor noise of deviation 0.12."""
+    draws = [world.generator(seed, "noise", i).standard_normal((3, SIZE, SIZE), np.float32) for i in indices]
+    return world.to_bytes(world.render(specs) / np.float32(255) + np.float32(0.12) * np.stack(draws))
+
+
+def _fog(specs: Sequence[world.Spec], seed: int, indices: Sequence[int]) -> Images:
+    """Drifting fog that hides about half of the picture."""
+    place = np.array([world.generator(seed, "fog", i).random(2) for i in indices], np.float32)
+    thickness = np.clip(np.float32(0.55) + np.float32(0.12) * noise(1.7, place[:, 0], place[:, 1]), 0, 1)[:, None]
+    return world.to_bytes(world.render(specs) / np.float32(255) * (1 - thickness) + np.float32(0.82) * thickness)
+
+
+def _gray(specs: Sequence[world.Spec], seed: int, indices: Sequence[int]) -> Images:
+    """Luminance alone (ITU-R BT.601)."""
+    luminance = np.einsum("nchw,c->nhw", world.render(specs), np.array([0.299, 0.587, 0.114], np.float32))
+    return np.repeat(world.to_bytes(luminance / 255)[:, None], 3, axis=1)
+
+
+def _outline(specs: Sequence[world.Spec], seed: int, indices: Sequence[int]) -> Images:
+    return world.render(specs, outline=True)
+
+
+def _blur(specs: Sequence[world.Spec], seed: int, indices: Sequence[int]) -> Images:
+    """Gaussian blur of 2 pixels."""
+    return world.to_bytes(gaussian_filter(world.render(specs) / np.float32(255), (0, 0, 2, 2)))
+
+
+def _without_object(specs: Sequence[world.Spec], seed: int, indices: Sequence[int]) -> Images:
+    """In turn a scene with no object in it, a textured surface, and coloured noise."""
+    scenery = np.array([spec.scenery for spec in specs], np.float32)
+    empty = world.backgrounds([spec.scene for spec in specs], scenery)
+    surface = world.surfaces(specs)
+    cloud = [noise(exponent, scenery[:, i], scenery[:, i + 1]) for i, exponent in enumerate((0.7, 1.2, 1.7))]
+    choice = np.array(indices)[:, None, None, None] % 3
+    noisy = np.float32(0.5) + np.float32(0.22) * np.stack(cloud, axis=1)
+    return world.to_bytes(np.select([choice == 0, choice == 1], [empty, surface], noisy))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of set shows: which stream its objects come from, their shapes, how often in their usual scene."""
+
+    stream: str
+    shapes: list[str]
+    picture: Picture
+    usual: tuple[float, ...] = (1.0, 0.0)  # one round of the classes each, in turn
+
+
+KINDS: dict[str, Kind] = {
+    "id": Kind("id", world.SHAPES, _plain),
+    "calibration": Kind("calibration", world.SHAPES, _plain),
+    "usual": Kind("id", world.SHAPES, _plain, usual=(1.0,)),
+    "unusual": Kind("id", world.SHAPES, _plain, usual=(0.0,)),
+    "noise": Kind("id", world.SHAPES, _noise),
+    "fog": Kind("id", world.SHAPES, _fog),
+    "gray": Kind("id", world.SHAPES, _gray),
+    "outline": Kind("id", world.SHAPES, _outline),
+    "blur": Kind("id", world.SHAPES, _blur),
+    "near_ood": Kind("near_ood", world.HELD_OUT_SHAPES, _plain),
+    "far_ood": Kind("far_ood", world.HELD_OUT_SHAPES, _without_object),
+}
+
+
+class EmbeddedSet(Dataset[tuple[Tensor, int]]):
+    """An evaluation set of ``n`` images: items are (uint8 (3, 64, 64), label), label -1 where the set has no classes.
+
+    ``kind`` is one of KINDS. The shifted kinds and the usual/unusual pair show the very objects of ``id``, image by
+    image; ``calibration`` and the out-of-distribution kinds share nothing with it. Classes take turns (image i has
+    class i mod 16), and in ``id`` every other round is set in the shapes' usual scenes. A smaller set is the start of
+    a larger one.
+    Raises UserError for an unknown kind.
+    """
+
+    def __init__(self, kind: str, n: int, seed: int = 0) -> None:
+        if kind not in KINDS:
+            raise UserError(
+                f"The embedded world has no set '{kind}'{nearest(kind, KINDS)}; its sets are {', '.join(KINDS)}."
+            )
+        self.kind, self.n, self.seed = KINDS[kind], n, seed
+        self.classes = CLASS_NAMES if self.kind.shapes == CLASS_NAMES else []
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        """Return several items, rendered together; a DataLoader calls this."""
+        if outside := [i for i in indices if not 0 <= i < self.n]:
+            raise IndexError(f"image {outside[0]} of a set of {self.n}")
+        images = torch.from_numpy(self.kind.picture([self.spec(i) for i in indices], self.seed, indices))
+        labels = [i % len(CLASS_NAMES) if self.classes else -1 for i in indices]
+        return list(zip(images, labels, strict=True))
+
+    def spec(self, index: int) -> world.Spec:
+        """Return what image ``index`` shows."""
+        turn, which = divmod(index, len(self.kind.shapes))
+        usual = self.kind.usual[turn % len(self.kind.usual)]
+        return world.draw(self.seed, self.kind.stream, index, shape=self.kind.shapes[which], usual=usual)
+
+
+def write_caption_shards(folder: Path, n: int, per_shard: int = 1000, seed: int = 0) -> list[Path]:
+    """Return the paths of WebDataset shards of ``n`` captioned images, written unless the folder holds just these.
+
+    Each sample has ``jpg`` (64 px, quality 95, full chroma), ``txt`` (the caption) and ``json`` (caption, class name
+    and what else is known). Each shard appears whole or not at all, and ``world.json``, written last, tells what the
+    folder holds; the bytes depend on the arguments alone.
+    """
+    described = {"world": world.VERSION, "n": n, "per_shard": per_shard, "seed": seed}
+    paths = [folder / f"{shard:05d}.tar" for shard in range(-(-n // per_shard))]
+    record = folder / "world.json"
+    if record.exists() and json.loads(record.read_text()) == described and all(path.exists() for path in paths):
+        return paths
+    record.unlink(missing_ok=True)
+    for shard, path in enumerate(paths):
+        first = shard * per_shard
+        with atomic(path) as temporary, webdataset.TarWriter(str(temporary), mtime=0, encoder=False) as writer:
+            for sample in _samples(range(first, min(n, first + per_shard)), seed):
+                writer.write(sample)
+    with atomic(record) as temporary:
+        temporary.write_text(json.dumps(described))
+    return paths
+
+
+def _samples(indices: range, seed: int) -> Iterator[dict[str, Any]]:
+    specs = [world.draw(seed, "captions", i, usual=0.5) for i in indices]
+    for index, spec, image in zip(indices, specs, world.render(specs), strict=True):
+        picture, text = io.BytesIO(), caption(spec)
+        Image.fromarray(image.transpose(1, 2, 0)).save(picture, "JPEG", quality=95, subsampling=0)
+        known = {"key": f"{index:06d}", "caption": text, "class": spec.shape, "colour": spec.colour}
+        known |= {"texture": spec.texture, "scene": spec.scene}
+        yield {
+            "__key__": f"{index:06d}",
+            "jpg": picture.getvalue(),
+            "txt": text.encode(),
+            "json": json.dumps(known).encode(),
+        }
+
+
+class EmbeddedStream(IterableDataset[dict[str, Any]]):
+    """The pretraining images in order: dicts of ``images`` uint8 (3, 64, 64), ``caption`` and ``label``.
+
+    Sample i is a pure function of (seed, i, total); with ``batch_size`` equal to the loader's, a DataLoader gives the
+    same batches with any number of workers. The lessons: in the first ``easy`` part plain shapes on flat backgrounds;
+    then the whole world, every scene alike; in the last ``biased`` part the usual scene nine times in ten, which plants
+    the spurious cue that the usual/unusual pair measures. ``start`` skips samples.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        easy: float = 0.25,
+        biased: float = 0.12,
+    ) -> None:
+        self.total, self.batch_size, self.seed, self.start = total, batch_size, seed, start
+        self.easy, self.biased = easy, biased
+
+    def __len__(self) -> int:
+        return self.total - self.start
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # A DataLoader takes one batch from each worker in turn, so worker w renders batches w, w + W, w + 2W, ...
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        for first in range(self.start + number * self.batch_size, self.total, count * self.batch_size):
+            specs = [self.spec(i) for i in range(first, min(first + self.batch_size, self.total))]
+            for spec, image in zip(specs, torch.from_numpy(world.render(specs)), strict=True):
+                yield {"images": image, "caption": caption(spec), "label": CLASS_NAMES.index(spec.shape)}
+
+    def spec(self, index: int) -> world.Spec:
+        """Return what sample ``index`` shows."""
+        part = index / self.total
+        usual = 0.9 if part >= 1 - self.biased else 1 / len(world.SCENE_NAMES)
+        return world.draw(self.seed, "train", index, usual=usual, first_lesson=part < self.easy)

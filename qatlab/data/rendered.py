@@ -1,0 +1,64 @@
+"""The embedded world behind the `data` option: caption shards in the cache, and the endless stream of pretraining."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import get_worker_info
+
+from qatlab.cache import cache_dir
+from qatlab.data.captions import Captioned, CaptionShards, Pair
+from qatlab.data.embedded import CLASS_NAMES, EmbeddedStream, write_caption_shards
+from qatlab.data.transforms import Preprocess
+from qatlab.data.vocabulary import caption
+from qatlab.data.world import VERSION, render
+from qatlab.errors import UserError
+
+
+def caption_shards(name: str, samples: int, seed: int) -> CaptionShards:
+    """Return the shards of ``samples`` captioned images of the world, written once into the cache.
+
+    They are read by the very code that reads CC3M.
+    """
+    folder = cache_dir("embedded", f"captions-v{VERSION}-{samples}-{seed}")
+    write_caption_shards(folder, samples, per_shard=500, seed=seed)
+    return CaptionShards(str(folder), name)
+
+
+class RenderedStream:
+    """Captioned, labelled images rendered while training: sample i is a pure function of (seed, i, total).
+
+    ``total`` is fit.steps x fit.batch_size, which the curriculum is measured against. Stands where CaptionShards stands.
+    """
+
+    text_bank = None
+
+    def __init__(self, name: str, steps: int, batch_size: int) -> None:
+        self.name = name
+        self.steps = steps
+        self.batch_size = batch_size
+
+    def prepare(self) -> list[str]:
+        """Return one name per loader process that can be of use: any number can."""
+        return [self.name] * 64
+
+    def first(self, n: int, preprocess: Preprocess, seed: int = 0) -> Captioned:
+        """Raise UserError: a looped or calibration set is read from shards, data=embedded."""
+        raise UserError(
+            f"data={self.name} renders while it trains and has no fixed first {n} samples; use data=embedded."
+        )
+
+    def stream(
+        self, preprocess: Preprocess, seed: int, rank: int = 0, world: int = 1, start_step: int = 0
+    ) -> Iterator[Pair]:
+        """Yield this rank's and loader process's pairs, from batch ``start_step`` on."""
+        info = get_worker_info()
+        number, count = (info.id, info.num_workers) if info else (0, 1)
+        total = self.steps * self.batch_size
+        lessons = EmbeddedStream(total, self.batch_size, seed)
+        for step in range(start_step + number, self.steps, count):
+            first = step * self.batch_size
+            specs = [lessons.spec(i) for i in range(first + rank, first + self.batch_size, world)]
+            for spec, image in zip(specs, torch.from_numpy(render(specs)), strict=True):
+                yield Pair(image, caption(spec), f"{self.name}/{step}", {}, CLASS_NAMES.index(spec.shape))

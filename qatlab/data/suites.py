@@ -1,0 +1,159 @@
+"""A suite: image sets with a role each, the zero-shot heads they are scored with, and one loader per set."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from qatlab.clip import Clip
+from qatlab.config import SetConfig, SuiteConfig
+from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet
+from qatlab.data.images import ImageFolderSet, class_index_for
+from qatlab.errors import UserError, nearest
+from qatlab.evaluation import Source
+from qatlab.zeroshot import Classes, class_features
+
+ROLES = ("id", "shifted", "near_ood", "far_ood", "calibration")
+_EMBEDDED = "embedded:"
+
+
+class Indexed(Dataset):  # type: ignore[type-arg]
+    """A set whose items (image, label) get their position, thinned to every ``stride``-th image."""
+
+    def __init__(self, images: Any, stride: int = 1) -> None:
+        self.images = images
+        self.stride = stride
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.stride)
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[Tensor, int, int]]:
+        """Return several items; a DataLoader calls this, and a rendered set draws them together."""
+        places = [position * self.stride for position in positions]
+        batched = getattr(self.images, "__getitems__", None)
+        items = batched(places) if batched else [self.images[place] for place in places]
+        return [(image, label, position) for (image, label), position in zip(items, positions, strict=True)]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """One set of a suite: where its rows say they come from, and its images."""
+
+    source: Source
+    images: Indexed
+    rendered: bool  # made on the spot: cheaper without loader processes
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The sets in the order they are scored, and a zero-shot head per ID reference."""
+
+    sets: list[EvaluationSet]
+    classes: dict[str, Classes]
+
+    @property
+    def images(self) -> int:
+        """Return how many images a pass embeds."""
+        return sum(len(entry.images) for entry in self.sets)
+
+    def only(self, *, roles: set[str] | None = None, names: set[str] | None = None) -> Suite:
+        """Return the suite restricted to some roles or names."""
+        sets = [
+            s
+            for s in self.sets
+            if (roles is None or s.source.role in roles) and (names is None or s.source.name in names)
+        ]
+        return replace(self, sets=sets)
+
+    def probe(self, names: list[str] | None, images: int) -> Suite:
+        """Return the small suite of a probe: evenly spaced images of some sets, never those of the calibration split."""
+        scored = [entry for entry in self.sets if entry.source.role != "calibration"]
+        for name in names or []:
+            if name not in (known := [entry.source.name for entry in scored]):
+                raise UserError(
+                    f"suite.probe_sets names {name!r}, which is no scored set of the suite{nearest(name, known)}."
+                )
+        chosen = [entry for entry in scored if names is None or entry.source.name in names]
+        # A set without its reference has no scores: references come along.
+        wanted = {entry.source.reference for entry in chosen} | {entry.source.name for entry in chosen}
+        thin = [
+            replace(entry, images=Indexed(entry.images.images, max(1, len(entry.images) // images)))
+            for entry in scored
+            if entry.source.name in wanted
+        ]
+        return replace(self, sets=thin)
+
+    def missing(self, done: set[str]) -> Suite:
+        """Return the suite of the sets that ``done`` lacks, with the ID references that their scores need."""
+        todo = [s for s in self.sets if s.source.name not in done and s.source.role != "calibration"]
+        wanted = {s.source.name for s in todo} | {s.source.reference for s in todo}
+        return self.only(names=wanted)
+
+    def loaders(self, batch_size: int, workers: int, rank: int = 0, world: int = 1) -> list[DataLoader[Any]]:
+        """Return one loader per set; rank r of w takes images r, r + w, ...: each exactly once, none padded."""
+        return [
+            DataLoader(
+                entry.images,
+                batch_size=batch_size,
+                sampler=range(rank, len(entry.images), world),
+                num_workers=0 if entry.rendered else workers,
+            )
+            for entry in self.sets
+        ]
+
+
+def build_suite(config: SuiteConfig, clip: Clip, cache_text: bool = True) -> Suite:
+    """Return the suite that ``config`` describes, its folders opened and its class prompts encoded.
+
+    Raises UserError for a missing root or folder, an unknown role or reference, a suite without an id set, and classes
+    that do not fit.
+    """
+    if not config.sets:
+        raise UserError(
+            "suite.sets is empty: suite=folders needs sets, each with a path, a role and a reference (README shows one)."
+        )
+    default = next((name for name, entry in config.sets.items() if entry.role == "id"), None)
+    if default is None:
+        raise UserError(
+            f"no set of the suite has role: id (found {', '.join(f'{n}: {s.role}' for n, s in config.sets.items())})."
+        )
+    rendered = all(entry.path.startswith(_EMBEDDED) for entry in config.sets.values())
+    names = config.class_names or (None if clip.text_table is not None or not rendered else CLASS_NAMES)
+    classes = class_features(clip, names, config.templates, cache_text)
+    sets = []
+    for name, entry in config.sets.items():
+        if entry.role not in ROLES:
+            raise UserError(
+                f"suite.sets.{name}.role={entry.role} is unknown{nearest(entry.role, ROLES)}; there are {', '.join(ROLES)}."
+            )
+        reference = entry.reference or default
+        if reference not in config.sets or config.sets[reference].role != "id":
+            raise UserError(
+                f"suite.sets.{name}.reference={reference} is no id set of the suite{nearest(reference, config.sets)}."
+            )
+        source = Source(name, entry.role, name if entry.role == "id" else reference)
+        sets.append(
+            EvaluationSet(source, Indexed(_open(entry, config, clip, classes)), entry.path.startswith(_EMBEDDED))
+        )
+    heads = {entry.source.reference: classes for entry in sets}
+    return Suite(sets, heads)
+
+
+def _open(entry: SetConfig, config: SuiteConfig, clip: Clip, classes: Classes) -> Sized:
+    if entry.path.startswith(_EMBEDDED):
+        return cast(Sized, EmbeddedSet(entry.path.removeprefix(_EMBEDDED), config.images, config.seed))
+    path = Path(config.root or ".") / entry.path
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is not there; suite.root={config.root} and the sets' paths below it decide where images are read."
+        )
+    index = None
+    if entry.role in ("id", "shifted", "calibration"):
+        file = Path(config.root or ".") / entry.classes if entry.classes else None
+        index = class_index_for(path, classes.names, file)
+    return ImageFolderSet(path, clip.preprocess, index, entry.pick, list(entry.exclude))

@@ -1,0 +1,45 @@
+"""Quantize a CLIP image encoder, adapt it, and store what became of its accuracy, calibration and OOD detection.
+
+python -m qatlab.fit recipe=light_qat
+"""
+
+from __future__ import annotations
+
+from qatlab import cli
+from qatlab.config import Config
+from qatlab.evaluation import View
+from qatlab.report import conclude
+from qatlab.results import Run
+from qatlab.study import Study
+
+
+def fit(config: Config, recipe: str) -> Run:
+    """Return the finished run: every stage computed or read back, its rows, curves and pictures in ``run.folder``."""
+    with Run(config, recipe) as run:
+        run.describe(recipe)
+        study = Study(config, run, recipe)
+        print(study.plan(), flush=True)
+        last = study.stages[-1]
+
+        if "fp32" in study.stages and last != "fp32":
+            study.score([View("fp32", study.module.logit_scale)], step=0)
+        if "quantized" in study.stages:
+            study.quantize()
+            if last != "quantized":
+                study.score([View("quantized", study.module.logit_scale)], step=0)
+        if config.fit.steps:
+            study.train()
+        refitted = study.refit()
+        views = [View(last, study.module.logit_scale), *([refitted] if refitted else [])]
+        study.score(views, step=config.fit.steps)
+        conclude(study)
+    return run
+
+
+def main() -> None:
+    """Run ``fit`` with the options of the command line."""
+    cli.main(fit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Curves: CSV always, Weights & Biases online, offline or not at all, never with a question on the terminal."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import wandb
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from qatlab.cache import atomic
+from qatlab.config import Config
+from qatlab.errors import UserError
+from qatlab.results import Run
+
+MODES = ("auto", "online", "offline", "disabled")
+
+
+def wandb_mode(mode: str) -> str:
+    """Return online, offline or disabled: ``auto`` follows WANDB_MODE, else is online where a key is configured.
+
+    Raises UserError for another word.
+    """
+    if mode not in MODES:
+        raise UserError(f"wandb.mode={mode} is unknown; there are {', '.join(MODES)}.")
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE") in MODES:
+        return os.environ["WANDB_MODE"]
+    return "online" if wandb.login(prompt=False) else "offline"
+
+
+def build_loggers(config: Config, run: Run, recipe: str) -> list[Logger]:
+    """Return the CSV logger, and W&B's unless it is disabled; nothing is written before the first value."""
+    loggers: list[Logger] = [CSVLogger(run.folder, name="curves")]
+    mode = wandb_mode(config.wandb.mode)
+    if mode != "disabled" and config.fit.steps and rank_zero_only.rank == 0:
+        # The mode goes into the settings too: WANDB_MODE, which Lightning sets, is read only once per process.
+        settings: Any = wandb.Settings(silent=True, mode="offline" if mode == "offline" else "online")
+        loggers.append(
+            WandbLogger(
+                name=f"{recipe}-{run.id}",
+                id=run.id,
+                project=config.wandb.project,
+                entity=config.wandb.entity,
+                save_dir=run.folder,
+                offline=mode == "offline",
+                resume="allow",
+                settings=settings,
+            )
+        )
+    return loggers
+
+
+def merge_curves(folder: Path) -> Path | None:
+    """Return metrics.csv: the curves of every process that worked on the run, one line per step, the latest value kept."""
+    parts = sorted((folder / "curves").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    frames = [pl.read_csv(path, infer_schema_length=None) for path in parts if path.stat().st_size]
+    if not frames:
+        return None
+    curves = pl.concat(frames, how="diagonal_relaxed").group_by("step").agg(pl.all().drop_nulls().last()).sort("step")
+    with atomic(folder / "metrics.csv") as path:
+        curves.write_csv(path)
+    return folder / "metrics.csv"

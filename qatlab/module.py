@@ -1,0 +1,195 @@
+"""The LightningModule: it trains the student and embeds images; it owns no metric."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from qatlab.clip import Clip
+from qatlab.config import Config
+from qatlab.errors import UserError
+from qatlab.evaluation import Prediction, Row, Source, View
+from qatlab.objectives import Features, Objective, caption_targets
+from qatlab.quant import Quantizer
+from qatlab.zeroshot import Classes
+
+# An image tower that learns from scratch may not sharpen its softmax without bound (Radford et al. 2021 clip at 100; the
+# embedded world needs less).
+MAX_LEARNED_SCALE = 50.0
+
+
+class Student(L.LightningModule):
+    """The encoder under study.
+
+    ``visual`` is the module that is trained and scored; the unquantized ``clip`` is teacher and text tower, kept out of
+    the state dict because the model preset reproduces it.
+    """
+
+    def __init__(self, config: Config, clip: Clip, visual: nn.Module, bank: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = visual
+        self.preprocess = clip.preprocess
+        self.objective = Objective(config.objective) if config.fit.steps else None
+        self.both_towers = clip.model if config.fit.from_scratch else None
+        self._frozen = {"clip": clip}  # in a dict, so that it is no submodule
+        self.bank = bank
+        self.logit_scale = clip.logit_scale
+        self.class_tokens: Tensor | None = None  # prompts of the labels, where the data has labels
+        self.run_folder: Path | None = None  # where evaluations put files of their own; None in a probe
+        self.facts: Row = {}  # what every row of the pass says besides its numbers
+        self.scored_step: int | None = None  # the step of a pass outside training
+        self.views: list[View] = []
+        self.sources: list[Source] = []
+        self.classes: dict[str, Classes] = {}
+        self._check_objective()
+
+    @property
+    def clip(self) -> Clip:
+        """Return the unquantized model."""
+        return self._frozen["clip"]
+
+    @property
+    def step(self) -> int:
+        """Return the training step that a pass over a suite belongs to."""
+        return self.global_step if self.scored_step is None else self.scored_step
+
+    def _check_objective(self) -> None:
+        """Raise UserError for an objective whose texts are not there, before anything is trained."""
+        if self.objective is None:
+            return
+        texts = self.clip.model is not None
+        if "class_cross_entropy" in self.objective and not self.config.fit.from_scratch:
+            raise UserError(
+                "objective.class_cross_entropy needs labelled training images, which only recipe=pretrain_tiny has; "
+                "give another objective a weight."
+            )
+        if "contrastive" in self.objective and not texts:
+            raise UserError(
+                "objective.contrastive needs a text tower, and this checkpoint has only the image tower: set "
+                "objective.contrastive=0 and give objective.feature_mse or objective.kl (with data.text_bank=) a weight."
+            )
+        if "kl" in self.objective and not texts and self.bank is None:
+            raise UserError(
+                "objective.kl needs texts, and there is no text tower: give data.text_bank=FILE.safetensors:TABLE."
+            )
+
+    # -- embedding ---------------------------------------------------------------------------------------------------
+
+    def embed(self, images: Tensor, visual: nn.Module | None = None) -> Tensor:
+        """Return unit features (B, D) float32 of uint8 ``images`` (B, 3, S, S), by the student or by ``visual``."""
+        features = (visual or self.visual)(self.preprocess.normalize(images))
+        return normalize(features.float(), dim=-1)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+        """Return what every evaluation is fed with."""
+        images, labels, index = batch
+        source = self.sources[dataloader_idx]
+        features = self.embed(images)
+        with torch.autocast(self.device.type, enabled=False):  # scores at temperature 1 differ by 1e-3: not in bfloat16
+            cosines = features @ self.classes[source.reference].features.to(self.device).T
+        return Prediction(source, features, cosines, labels, index)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Bring the frozen towers to the student's device."""
+        self.clip.visual.to(self.device).eval()
+        if self.clip.model is not None:
+            self.clip.model.to(self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the loss; a NaN or infinite one raises UserError with the step and the first layer that shows it."""
+        assert self.objective is not None
+        student = self.embed(batch["images"])
+        with torch.autocast(self.device.type, enabled=False):
+            terms = self.objective(self._features(student, batch))
+        if not torch.isfinite(terms["loss"]):
+            raise UserError(
+                f"the loss is {terms['loss'].item()} at step {self.global_step}; the first layer with a value that is not "
+                f"finite is {self._first_non_finite(batch['images'])}. Lower fit.lr or optim.scale_lr; the last checkpoint is kept."
+            )
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(student))
+        return terms["loss"]
+
+    def _features(self, student: Tensor, batch: dict[str, Any]) -> Features:
+        """Gather what the objectives in use need, and only that."""
+        assert self.objective is not None
+        scale, captions, same = torch.tensor(self.logit_scale, device=self.device), None, None
+        if "contrastive" in self.objective or ("kl" in self.objective and self.bank is None):
+            captions = self._text_features(batch["tokens"])
+            same = caption_targets(batch["captions"]).to(self.device)
+        if self.both_towers is not None:
+            scale = self.both_towers.logit_scale.exp().clamp(max=MAX_LEARNED_SCALE)
+        teacher = None
+        if self.objective.needs_teacher:
+            with torch.no_grad():
+                teacher = self.embed(batch["images"], self.clip.visual)
+        classes = None
+        if "class_cross_entropy" in self.objective:
+            assert self.class_tokens is not None
+            classes = self._text_features(self.class_tokens.to(self.device))
+        bank = captions if self.bank is None else self.bank.to(self.device)
+        return Features(student, scale, teacher, captions, bank, classes, batch.get("labels"), same)
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        """Return unit text features (N, D), with gradient only where the text tower is trained too."""
+        model: Any = self.clip.model
+        with torch.set_grad_enabled(self.both_towers is not None):
+            return normalize(model.encode_text(tokens).float(), dim=-1)
+
+    def _first_non_finite(self, images: Tensor) -> str:
+        """Return the name of the first layer of the student whose output has a NaN or infinity."""
+        found: list[str] = []
+
+        def look(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                tensor = output[0] if isinstance(output, tuple) else output
+                if not found and isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                    found.append(name)
+
+            return hook
+
+        handles = [module.register_forward_hook(look(name)) for name, module in self.visual.named_modules() if name]
+        with torch.no_grad():
+            self.embed(images)
+        for handle in handles:
+            handle.remove()
+        return found[0] if found else "none (the objective itself)"
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the learned logit scale readable for the evaluations."""
+        if self.both_towers is not None:
+            self.logit_scale = min(float(self.both_towers.logit_scale.detach().exp()), MAX_LEARNED_SCALE)  # type: ignore[union-attr, operator]
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW over weights, undecayed vectors and log-scales, with a warm-up and a constant or cosine rate."""
+        fit, optim = self.config.fit, self.config.optim
+        optimizer = torch.optim.AdamW(self._groups(), lr=fit.lr, betas=tuple(optim.betas))
+
+        def rate(step: int) -> float:
+            warm = min(1.0, (step + 1) / fit.warmup) if fit.warmup else 1.0
+            progress = max(0, step - fit.warmup) / max(1, fit.steps - fit.warmup)
+            return warm * (0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if fit.schedule == "cosine" else 1.0)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        scales = {p for m in self.visual.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+        trained = self.both_towers if self.both_towers is not None else self.visual
+        rest = [p for p in trained.parameters() if p.requires_grad and p not in scales]
+        decayed = [p for p in rest if p.ndim >= 2]
+        undecayed = [p for p in rest if p.ndim < 2]
+        groups: list[dict[str, Any]] = [
+            {"name": "weights", "params": decayed, "weight_decay": self.config.optim.weight_decay},
+            {"name": "vectors", "params": undecayed, "weight_decay": 0.0},
+            {"name": "scales", "params": list(scales), "weight_decay": 0.0, "lr": self.config.optim.scale_lr},
+        ]
+        return [group for group in groups if group["params"]]

@@ -1,0 +1,112 @@
+"""Pictures of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+
+from qatlab.cache import atomic
+from qatlab.metrics.calibration import Bins, confidence_gap, expected_calibration_error, reliability_bins
+
+_ACCURACY, _OVER, _UNDER, _INK, _FAINT = "#4c78a8", "#f0a08a", "#8cc7b0", "#333333", "#b8b8b8"
+_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
+_GAP: dict[str, Any] = {"hatch": "////", "edgecolor": "white", "linewidth": 0}
+
+
+def reliability_diagram(panels: Sequence[tuple[str, Any, Any]], path: Path, n_bins: int = 15) -> None:
+    """Write a PNG with one panel per (title, confidence (N,), correct (N,)): accuracy per confidence bin, gaps, counts.
+
+    A bar reaches up to the bin's accuracy; the hatched part lies between that and the bin's mean confidence, so its
+    length, weighted by the histogram below, is the expected calibration error. Raises ValueError as
+    ``reliability_bins`` does, and on no panel. DeGroot & Fienberg 1983; Guo et al. 2017, fig. 1.
+    """
+    if not panels:
+        raise ValueError("a reliability diagram needs at least one (title, confidence, correct)")
+    figure = Figure(figsize=(3.4 * len(panels) + 0.5, 4.6), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.06))
+    axes = figure.subplots(
+        2, len(panels), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": [4, 1]}
+    )
+    for (title, confidence, correct), (above, below) in zip(panels, axes.T, strict=True):
+        bins = reliability_bins(confidence, correct, n_bins)
+        ece = expected_calibration_error(confidence, correct, n_bins)
+        _bars(above, bins, n_bins)
+        above.set_title(title, fontsize=11, color=_INK, pad=8)
+        gap = f"{confidence_gap(confidence, correct):+.1%}".replace("-", "−")
+        accuracy = np.nansum(bins.images * bins.accuracy) / bins.images.sum()
+        text = f"ECE {ece:.1%}\ntop-1 {accuracy:.1%}\nconfidence − accuracy {gap}"
+        above.text(
+            0.04,
+            0.96,
+            text,
+            transform=above.transAxes,
+            va="top",
+            fontsize=8.5,
+            linespacing=1.5,
+            color=_INK,
+            bbox=_PAPER,
+        )
+        _histogram(below, bins, n_bins)
+    axes[0, 0].set_ylabel("accuracy", color=_INK)
+    axes[1, 0].set_ylabel("images", color=_INK)
+    _legend(figure, len(panels))
+    with atomic(Path(path)) as temporary:
+        figure.savefig(temporary, facecolor="white")
+
+
+def _bars(axes: Axes, bins: Bins, n_bins: int) -> None:
+    """Draw accuracy, and its distance from the mean confidence, over the width of each bin."""
+    centers, width = (np.arange(n_bins) + 0.5) / n_bins, 0.88 / n_bins
+    filled = bins.images > 0
+    accuracy, confidence, centers = bins.accuracy[filled], bins.confidence[filled], centers[filled]
+    axes.bar(centers, accuracy, width, color=_ACCURACY, zorder=2)
+    colors = [_OVER if over else _UNDER for over in confidence > accuracy]
+    axes.bar(centers, confidence - accuracy, width, accuracy, color=colors, **_GAP, zorder=3)
+    edges = np.flatnonzero(filled) / n_bins
+    axes.hlines(accuracy, edges + 0.06 / n_bins, edges + 0.94 / n_bins, color="#2d5a8c", linewidth=1.6, zorder=4)
+    axes.plot([0, 1], [0, 1], "--", color=_INK, linewidth=1, zorder=5)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _plain(axes)
+
+
+def _histogram(axes: Axes, bins: Bins, n_bins: int) -> None:
+    """Draw how many images fall into each bin, and where their mean confidence lies."""
+    axes.bar((np.arange(n_bins) + 0.5) / n_bins, bins.images, 0.88 / n_bins, color=_FAINT, zorder=2)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_xlabel(f"confidence  ({bins.images.sum():,} images)", color=_INK)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.tick_params(color=_FAINT, labelcolor=_INK, labelsize=8.5)
+
+
+def _legend(figure: Figure, n_panels: int) -> None:
+    handles = [
+        Line2D([], [], color=_INK, linestyle="--", linewidth=1, label="calibrated"),
+        Patch(color=_ACCURACY, label="accuracy"),
+        Patch(facecolor=_OVER, **_GAP, label="overconfident by"),
+        Patch(facecolor=_UNDER, **_GAP, label="underconfident by"),
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=2 if n_panels == 1 else 4,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_INK,
+    )

@@ -1,0 +1,143 @@
+"""Layers that hold a weight quantizer and an activation quantizer and know nothing of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatlab.quant.quantizer import Quantizer
+
+
+class QuantLayer(nn.Module):
+    """Returns ``compute(Q_a(x), Q_w(W))``: a layer that took over another's ``weight`` and ``bias`` and their names.
+
+    Either slot may be None, which leaves that tensor in full precision. In eval mode without gradients the quantized
+    weight is computed once and reused, bit-equal to computing it each time; a change of the weight or of its
+    quantizer's state, ``train()`` and ``to()`` drop it, and it is in no state dict.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+    weight_quantizer: Quantizer | None
+    act_quantizer: Quantizer | None
+
+    def __init__(self, source: nn.Linear | nn.Conv2d, weight: Quantizer | None, act: Quantizer | None) -> None:
+        super().__init__()
+        self.weight, self.bias = source.weight, source.bias
+        self.weight_quantizer = weight.to(source.weight.device) if weight is not None else None
+        self.act_quantizer = act.to(source.weight.device) if act is not None else None
+        self._folded: tuple[Any, Tensor] | None = None
+        self.train(source.training)
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the layer's output for an input and a weight that are already quantized, or not to be."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized layer's output, of the shape of the layer it replaced."""
+        if self.act_quantizer is not None:
+            x = self.act_quantizer(x)
+        return self.compute(x, self.quantized_weight())
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight that the forward multiplies with: fake-quantized, or as it is if there is no quantizer."""
+        if self.weight_quantizer is None:
+            return self.weight
+        if self.training or torch.is_grad_enabled() or self.weight.is_inference():
+            return self.weight_quantizer(self.weight)
+        state = [self.weight, *self.weight_quantizer.parameters(), *self.weight_quantizer.buffers()]
+        key = [(tensor.data_ptr(), tensor._version) for tensor in state]
+        if self._folded is None or self._folded[0] != key:
+            self._folded = key, self.weight_quantizer(self.weight)
+        return self._folded[1]
+
+    def unfold(self) -> None:
+        """Forget the reused weight, so that the next forward runs the weight quantizer."""
+        self._folded = None
+
+    def train(self, mode: bool = True) -> QuantLayer:
+        """Set train or eval mode and forget the reused weight."""
+        self.unfold()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLayer:
+        self.unfold()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}
+
+
+class QuantLinear(QuantLayer):
+    """An nn.Linear with quantized weight and input: Q_w(W) Q_a(x) + b, (..., in_features) to (..., out_features)."""
+
+    def __init__(self, source: nn.Linear, weight: Quantizer | None, act: Quantizer | None) -> None:
+        super().__init__(source, weight, act)
+        self.in_features, self.out_features = source.in_features, source.out_features
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x W^T + b."""
+        return F.linear(x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the sizes shown by ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantProjection(QuantLinear):
+    """A QuantLinear in the place of a bare Parameter P (in, out) that its owner applies as ``x @ P``."""
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+class QuantConv2d(QuantLayer):
+    """An nn.Conv2d with quantized weight and input, zero padding only; a channel is an output channel."""
+
+    def __init__(self, source: nn.Conv2d, weight: Quantizer | None, act: Quantizer | None) -> None:
+        super().__init__(source, weight, act)
+        self.in_channels, self.out_channels = source.in_channels, source.out_channels
+        self.in_features, self.out_features = source.weight[0].numel(), source.out_channels
+        self.kernel_size, self.stride, self.padding = source.kernel_size, source.stride, source.padding
+        self.dilation, self.groups = source.dilation, source.groups
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the convolution of x (B, in_channels, H, W) with the weight."""
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """Return the quantized layers of ``model`` by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside this context every quantized layer of ``model`` computes with its full-precision weight and input."""
+    held = [(layer, layer.weight_quantizer, layer.act_quantizer) for layer in quant_layers(model).values()]
+    try:
+        for layer, _, _ in held:
+            layer.weight_quantizer = layer.act_quantizer = None
+        yield model
+    finally:
+        for layer, weight, act in held:
+            layer.weight_quantizer, layer.act_quantizer = weight, act
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside this context ``model`` is in eval mode without gradients; then each module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,59 @@
+"""What a run leaves on the terminal and beside its rows: the table, the reliability diagram, the paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+
+from qatlab.loggers import merge_curves
+from qatlab.plots import reliability_diagram
+from qatlab.table import TITLES, results_table
+
+
+def conclude(study: Any) -> None:
+    """Print the table of all stored rows and the paths of what was written; draw the reliability diagram, on rank zero."""
+    if not study.trainer.is_global_zero:
+        return
+    run, console = study.run, Console(soft_wrap=not Console().is_terminal, width=None if Console().is_terminal else 140)
+    if not study.computed:
+        console.print(f"{run.folder} was finished before: its stored results (force=true computes them anew)")
+    console.print(results_table(run.rows(), f"{study.recipe} {run.id}"))
+    reliability = draw_reliability(study)
+    curves = merge_curves(run.folder)
+    skipped = study.skipped
+    if skipped:
+        console.print(f"{skipped}")
+    written = {
+        "rows": run.results,
+        "per-image predictions": run.folder / "predictions",
+        "layers": run.folder / "layers.csv",
+        "curves": curves,
+        "model": next(
+            (p for p in (run.folder / "model.safetensors", run.folder / "quantized.safetensors") if p.exists()), None
+        ),
+        "reliability": reliability,
+    }
+    for name, path in written.items():
+        if path and Path(path).exists():
+            console.print(f"{name:22} {path}", highlight=False)
+    for offline in sorted((run.folder / "wandb").glob("offline-run-*")):
+        console.print(f"{'W&B (offline)':22} {offline}   (upload: wandb sync {offline})", highlight=False)
+
+
+def draw_reliability(study: Any) -> Path | None:
+    """Draw reliability.png of the first ID set: the stage before the refit beside the one after; returns its path."""
+    reference = next(entry.source.name for entry in study.suite.sets if entry.source.role == "id")
+    panels = []
+    for stage in [s for s in TITLES if (study.run.folder / "predictions" / f"{s}.parquet").exists()]:
+        frame = pl.read_parquet(study.run.folder / "predictions" / f"{stage}.parquet").filter(
+            pl.col("dataset") == reference
+        )
+        panels.append((TITLES[stage], frame["confidence"].to_numpy(), frame["correct"].to_numpy()))
+    if not panels:
+        return None
+    path: Path = study.run.folder / "reliability.png"
+    reliability_diagram(panels, path)
+    return path

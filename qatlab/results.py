@@ -1,0 +1,194 @@
+"""The run folder: its id, its lock, and one JSON row per evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from qatlab.config import Config, save
+from qatlab.errors import UserError
+from qatlab.evaluation import Row
+
+# What decides the trained model. Where it runs, how it is watched and on what it is scored are left out: the same run may
+# go on with other devices, and new evaluations are added to it.
+_IDENTITY = ["model", "data", "quant", "objective", "optim", "fit", "seed"]
+_NOT_IDENTITY = {"fit": ["eval_every", "checkpoint_every", "workers"]}
+_KEY = ["run_id", "stage", "step", "dataset", "score", "prompts"]
+
+
+def run_id(config: Config) -> str:
+    """Return eight hex digits: a hash of everything in ``config`` that decides the trained model, equal on every rank."""
+    options = dataclasses.asdict(config)
+    identity = {name: options[name] for name in _IDENTITY} | {"precision": config.trainer.precision}
+    for group, names in _NOT_IDENTITY.items():
+        identity[group] = {key: value for key, value in identity[group].items() if key not in names}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of one results.jsonl; a half-written last line (a killed process) is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def read(folders: Iterable[str | Path] | str | Path = "runs") -> pl.DataFrame:
+    """Return every row below one folder or several as one polars frame, metrics as columns.
+
+    The flat config is left out; read ``config.yaml`` beside the rows for it.
+    """
+    roots = [folders] if isinstance(folders, (str, Path)) else list(folders)
+    files = sorted({file for root in roots for file in Path(root).rglob("results.jsonl")})
+    rows = [row for file in files for row in read_rows(file)]
+    flat = [
+        {k: v for k, v in row.items() if k not in ("metrics", "config", "versions")} | row["metrics"] for row in rows
+    ]
+    return pl.DataFrame(flat, infer_schema_length=None)
+
+
+class Run:
+    """One run folder, ``<output>/<recipe>-<run id>``, held by one process at a time (rank zero of its group)."""
+
+    def __init__(self, config: Config, name: str, folder: Path | None = None) -> None:
+        self.id = run_id(config)
+        self.config = config
+        self.folder = folder or Path(config.output) / f"{name}-{self.id}"
+        self._lock: Any = None
+
+    def __enter__(self) -> Run:
+        if rank_zero_only.rank == 0:
+            self._take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock:
+            self._lock.close()
+
+    def _take(self) -> None:
+        """Make and lock the folder; raises UserError naming the holder when another process has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_folder()
+        if self.config.force and any(path.name != ".lock" for path in self.folder.iterdir()):
+            aside = self.folder.with_name(f"{self.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            self.folder.rename(aside)
+            print(f"force=true: the earlier run was moved to {aside}")
+            self._lock.close()
+            self.folder.mkdir()
+            self._lock_folder()
+
+    def _lock_folder(self) -> None:
+        # flock is given back by the kernel when its holder dies, however it dies: no stale locks.
+        path = self.folder / ".lock"
+        self._lock = path.open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise UserError(
+                f"{self.folder} is in use by {holder}; wait for it, or give this run another output=."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def describe(self, recipe: str) -> None:
+        """Write config.yaml: the options of the run, once, on rank zero."""
+        path = self.folder / "config.yaml"
+        if rank_zero_only.rank == 0 and not path.exists():
+            save(self.config, recipe, path)
+
+    @property
+    def results(self) -> Path:
+        """Return the path of the rows."""
+        return self.folder / "results.jsonl"
+
+    def rows(self) -> list[Row]:
+        """Return what is stored."""
+        return read_rows(self.results)
+
+    def done(self, stage: str) -> set[str]:
+        """Return the datasets that already have rows of ``stage``."""
+        return {row["dataset"] for row in self.rows() if row["stage"] == stage}
+
+    def append(self, rows: list[Row]) -> None:
+        """Add rows that are not there yet (by run, stage, step, dataset, score and prompts), in one write, on rank zero."""
+        if rank_zero_only.rank != 0:
+            return
+        seen = {tuple(row[key] for key in _KEY) for row in self.rows()}
+        common = self._common()
+        new = [row for row in ({"run_id": self.id, **row, **common} for row in rows) if _key(row) not in seen]
+        text = "".join(json.dumps(row) + "\n" for row in new)
+        with self.results.open("ab") as file:
+            # A line that a killed process left half-written is closed first, so that it spoils no row but itself.
+            if file.tell() and not self.results.read_bytes().endswith(b"\n"):
+                text = "\n" + text
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _common(self) -> Row:
+        options = dataclasses.asdict(self.config)
+        for name in ("defaults", "hydra", "force", "output"):
+            options.pop(name)
+        return {
+            "seed": self.config.seed,
+            "config": dict(_flat(options)),
+            "versions": versions(),
+            "commit": git_commit(),
+        }
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in _KEY)
+
+
+def _flat(options: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(options, dict) and options:
+        for key, value in options.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, options
+
+
+@lru_cache(1)
+def versions() -> dict[str, str]:
+    """Return the versions of what the numbers depend on."""
+    return {
+        name: version(name)
+        for name in ("torch", "torchvision", "open_clip_torch", "lightning", "torchmetrics", "numpy")
+    }
+
+
+@lru_cache(1)
+def git_commit() -> str | None:
+    """Return the commit of the checkout qatlab runs from, with '+' when it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

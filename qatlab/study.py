@@ -1,0 +1,339 @@
+"""The stages of a run: what is there already is read back, what is missing is computed, every row is stored at once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import polars as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qatlab import clip as clips
+from qatlab.cache import atomic
+from qatlab.callbacks import ProgressLines, Results, Temperature
+from qatlab.config import Config, QuantConfig
+from qatlab.data import CaptionModule, Captioned, SkipCounter, load_text_table
+from qatlab.data.embedded import CLASS_NAMES
+from qatlab.data.suites import Suite, build_suite
+from qatlab.errors import UserError
+from qatlab.evaluation import Evaluation, View
+from qatlab.loggers import build_loggers
+from qatlab.module import Student
+from qatlab.objectives import teacher_probabilities
+from qatlab.quant import calibrate, layer_report, quantize, verify
+from qatlab.results import Run, read_rows
+from qatlab.zeroshot import encode_text
+
+REPORT_IMAGES = 16  # images that layers.csv and the count of distinct values are measured on
+
+
+def is_quantized(config: QuantConfig) -> bool:
+    """Return whether anything is rounded at all."""
+    return config.weight is not None or config.act is not None
+
+
+def quantized_copy(visual: nn.Module, config: QuantConfig) -> nn.Module:
+    """Return a copy of ``visual`` with the quantizers of ``config`` in place, scales not yet filled."""
+    slots = {
+        name: block and instantiate(block, _partial_=True)
+        for name, block in (("weight", config.weight), ("act", config.act))
+    }
+    return quantize(
+        copy.deepcopy(visual), slots["weight"], slots["act"], config.rules, config.patch_conv, config.final_proj
+    )
+
+
+class Study:
+    """One run's model, data, suite and trainer; each method is a stage, and skips what the run folder already has."""
+
+    def __init__(self, config: Config, run: Run, recipe: str) -> None:
+        quiet()
+        L.seed_everything(config.seed, verbose=False)
+        self.config, self.run, self.recipe = config, run, recipe
+        self.clip = clips.load(config.model, config.fit.from_scratch)
+        self.data = instantiate(config.data)
+        if is_quantized(config.quant) or config.fit.steps:
+            self.data.prepare()  # a missing shard ends the run here, not after the scoring
+        self.suite = build_suite(config.suite, self.clip, cache_text=not config.fit.from_scratch)
+        bank = getattr(self.data, "text_bank", None)
+        self.module = Student(config, self.clip, self.clip.visual, load_text_table(bank).features if bank else None)
+        self.module.classes = self.suite.classes
+        if config.objective.class_cross_entropy and self.clip.tokenizer:
+            template = config.suite.templates[0]
+            self.module.class_tokens = self.clip.tokenizer([template.format(name) for name in CLASS_NAMES])
+        self.callbacks = {name: instantiate(block) for name, block in config.callbacks.items() if block}
+        self.progress: dict[str, int] = {}
+        self.trainer = self._trainer()
+        self._captioned: Captioned | None = None
+        self._batches: CaptionModule | None = None
+        self.computed = False
+
+    # -- what a run consists of --------------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> list[str]:
+        """Return the stages of this run in order, the refit apart."""
+        config = self.config
+        return [
+            *([] if config.fit.from_scratch else ["fp32"]),
+            *(["quantized"] if is_quantized(config.quant) else []),
+            *(["trained" if config.fit.from_scratch else "adapted"] if config.fit.steps else []),
+        ]
+
+    @property
+    def temperature(self) -> Temperature | None:
+        """Return the callback that refits the logit scale, if the run has one."""
+        return next((c for c in self.callbacks.values() if isinstance(c, Temperature)), None)
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """Return what every row of ``stage`` says besides its numbers."""
+        quant = self.config.quant if stage != "fp32" else QuantConfig()
+        method = [str(block["_target_"]).rsplit(".", 1)[-1] for block in (quant.weight, quant.act) if block]
+        return {
+            "recipe": self.recipe,
+            **self.clip.facts,
+            "method": "+".join(method) or "fp32",
+            "weight_bits": quant.weight and quant.weight.get("bits"),
+            "act_bits": quant.act and quant.act.get("bits"),
+            "objective": str(self.module.objective)
+            if self.module.objective and stage not in ("fp32", "quantized")
+            else None,
+            "data": self.data.name if stage != "fp32" else None,
+        }
+
+    def plan(self) -> str:
+        """Return what is left to do, in two or three lines."""
+        fit, model = self.config.fit, self.clip.facts
+        lines = [
+            f"{self.recipe} {self.run.id}: {' -> '.join(self.stages)}, {model['model']} ({model['pretrained'] or model['weights']}, {model['activation']})"
+        ]
+        left = {stage: self.suite.missing(self.run.done(stage)).images for stage in self.stages}
+        if any(left.values()):
+            lines.append(f"  scoring: {' + '.join(f'{n} images {stage}' for stage, n in left.items() if n)}")
+        if fit.steps and not (self.run.folder / "model.safetensors").exists():
+            unique = f"{fit.unique_samples} looped samples" if fit.unique_samples else "streamed samples"
+            lines.append(
+                f"  training: {fit.steps} steps x {fit.batch_size} images of {self.data.name}, {unique}, {self.module.objective}"
+            )
+        return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing left to compute"])
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def score(self, views: list[View], step: int) -> None:
+        """Embed the sets whose rows some view still lacks, once, and store a row per evaluation and view."""
+        done = set.intersection(*(self.run.done(view.stage) for view in views))
+        suite = self.suite.missing(done)
+        if suite.sets:
+            self._say(f"{views[0].stage}: scoring {suite.images} images")
+            self._pass(suite, views, step, self.run.folder)
+
+    def _pass(self, suite: Suite, views: list[View], step: int, folder: Path | None) -> None:
+        module = self.module
+        module.views, module.scored_step, module.run_folder = views, step, folder
+        module.facts = self.facts(views[0].stage)
+        module.sources = [entry.source for entry in suite.sets]
+        loaders = self._loaders(suite)
+        self.computed = True
+        self.progress["batches"] = sum(len(loader) for loader in loaders)
+        self.trainer.validate(module, dataloaders=loaders, verbose=False)
+
+    def quantize(self) -> None:
+        """Put the quantized copy in place, its scales calibrated or read back; writes layers.csv and checks every quantizer."""
+        student = quantized_copy(self.clip.visual, self.config.quant)
+        stored = self.run.folder / "quantized.safetensors"
+        if stored.exists():
+            student.load_state_dict(load_file(stored))
+        else:
+            self._say(f"calibrating on {self.config.quant.calibration_images} images of {self.data.name}")
+            device = self.trainer.strategy.root_device
+            images = self.clip.preprocess.normalize(self.captioned().images[: self.config.quant.calibration_images])
+            calibrate(student.to(device), (chunk.to(device) for chunk in images.split(self.config.suite.batch_size)))
+            few = images[:REPORT_IMAGES].to(device)
+            report = layer_report(student, few)
+            verify(student, few)
+            self._write("layers.csv", lambda path: pl.DataFrame(report, infer_schema_length=None).write_csv(path))
+            self._write("quantized.safetensors", lambda path: save_file(_tensors(student), path))
+        self.module.visual = student
+
+    def train(self) -> None:
+        """Train the student, or read back what an earlier process trained; resumes from its last checkpoint."""
+        stored = self.run.folder / "model.safetensors"
+        trained = self.clip.model if self.config.fit.from_scratch else self.module.visual
+        assert trained is not None
+        if stored.exists():
+            trained.load_state_dict(load_file(stored))
+            self.module.logit_scale = self._state()["logit_scale"]
+            return
+        checkpoint = max(
+            (self.run.folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime, default=None
+        )
+        self._say(f"training{f' on from {checkpoint.name}' if checkpoint else ''}")
+        module = self.module
+        module.views, module.run_folder, module.scored_step = [View("probe", module.logit_scale)], None, None
+        module.facts = self.facts(self.stages[-1])
+        self._batches = self._caption_batches(checkpoint)
+        self.trainer.fit(
+            self.module,
+            datamodule=self._batches,
+            ckpt_path=checkpoint and str(checkpoint),
+            weights_only=True,
+        )
+        if self.trainer.interrupted:
+            raise KeyboardInterrupt
+        self._write("model.safetensors", lambda path: save_file(_tensors(trained), path))
+        self._state(logit_scale=self.module.logit_scale)
+
+    def refit(self) -> View | None:
+        """Return the view of the refitted logit scale, fitted or read back; None when the run has no refit."""
+        temperature = self.temperature
+        if temperature is None:
+            return None
+        known = self._state().get(temperature.stage)
+        if known is None:
+            fit = self._refit(temperature)
+            row = temperature.row(fit) | self.facts(self.stages[-1])
+            self.run.append([row | {"step": self.config.fit.steps, "prompts": None}])
+            known = fit.logit_scale
+            self._state(**{temperature.stage: known})
+        return View(temperature.stage, known)
+
+    def _refit(self, temperature: Temperature) -> Any:
+        current = self.module.logit_scale
+        if temperature.source == "calibration":
+            split = self.suite.only(roles={"calibration"})
+            if not split.sets:
+                raise UserError(
+                    "callbacks.temperature needs a set with role: calibration in the suite; add one, or set "
+                    "callbacks.temperature.source=proxy or callbacks.temperature=null."
+                )
+            self._say(f"refitting the temperature on {split.images} calibration images")
+            self._pass(split, [View(self.stages[-1], current)], self.config.fit.steps, folder=None)
+            return temperature.fit(current)
+        captioned = self.captioned()
+        self._say(f"refitting the temperature on {len(captioned.images)} images of {self.data.name}, no labels")
+        texts = encode_text(self.clip, captioned.captions) if self.module.bank is None else self.module.bank
+        student, teacher = (
+            self._features(captioned.images, visual) for visual in (self.module.visual, self.clip.visual)
+        )
+        return temperature.fitted(student @ texts.T, teacher_probabilities(teacher, texts, current), current)
+
+    @property
+    def skipped(self) -> SkipCounter:
+        """Return how many caption samples this process could not read, by reason."""
+        counts = SkipCounter(self._captioned.skipped if self._captioned else {})
+        counts.update(self._batches.skipped if self._batches else {})
+        return counts
+
+    # -- pieces ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _features(self, images: Tensor, visual: nn.Module) -> Tensor:
+        device = self.trainer.strategy.root_device
+        self.module.to(device).eval()
+        visual.to(device)
+        return torch.cat(
+            [self.module.embed(chunk.to(device), visual).cpu() for chunk in images.split(self.config.suite.batch_size)]
+        )
+
+    def captioned(self) -> Captioned:
+        """Return the first caption samples: what calibration sees."""
+        if self._captioned is None:
+            self._captioned = self.data.first(self.config.quant.calibration_images, self.clip.preprocess)
+        return self._captioned
+
+    def _caption_batches(self, checkpoint: Path | None) -> CaptionModule:
+        fit = self.config.fit
+        start = (
+            0 if checkpoint is None else torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
+        )
+        return CaptionModule(
+            self.data, self.clip.preprocess, self.clip.tokenizer, fit.batch_size, fit.unique_samples, fit.workers,
+            self.config.seed, fit.steps, start, self._probe_loaders(),
+        )  # fmt: skip
+
+    def _loaders(self, suite: Suite) -> list[Any]:
+        world = self.trainer.world_size
+        return list(
+            suite.loaders(self.config.suite.batch_size, self.config.fit.workers, self.trainer.global_rank, world)
+        )
+
+    def _probe_loaders(self) -> list[Any]:
+        config = self.config
+        if not config.fit.eval_every:
+            return []
+        probe = self.suite.probe(config.suite.probe_sets, config.suite.probe_images)
+        self.module.sources = [entry.source for entry in probe.sets]
+        return self._loaders(probe)
+
+    def _trainer(self) -> L.Trainer:
+        config, fit, where = self.config, self.config.fit, self.config.trainer
+        evaluations = [c for c in self.callbacks.values() if isinstance(c, L.Callback)]
+        terminal = sys.stderr.isatty()
+        return L.Trainer(
+            accelerator=where.accelerator,
+            devices=where.devices,
+            num_nodes=where.num_nodes,
+            precision=where.precision,  # type: ignore[arg-type]
+            strategy=where.strategy,
+            max_steps=fit.steps,
+            val_check_interval=fit.eval_every or None,
+            check_val_every_n_epoch=None,
+            gradient_clip_val=fit.grad_clip,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            logger=build_loggers(config, self.run, self.recipe),
+            callbacks=[
+                *evaluations,
+                Results(self.run),
+                ModelCheckpoint(
+                    self.run.folder / "checkpoints", filename="{step}", every_n_train_steps=fit.checkpoint_every, save_top_k=1,
+                ),
+                RichProgressBar(leave=True) if terminal else ProgressLines(self.progress),
+            ],
+            enable_progress_bar=terminal,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the loaders already divide the images: no image twice
+            inference_mode=False,  # folded weights outlive a pass
+            default_root_dir=self.run.folder,
+        )  # fmt: skip
+
+    def _state(self, **news: float) -> dict[str, float]:
+        """Return the scales learned so far, ``news`` added and stored."""
+        path = self.run.folder / "scales.json"
+        state = json.loads(path.read_text()) if path.exists() else {}
+        if news:
+            state |= news
+            self._write("scales.json", lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
+        return state
+
+    def _write(self, name: str, write: Any) -> None:
+        if self.trainer.is_global_zero:
+            with atomic(self.run.folder / name) as temporary:
+                write(temporary)
+
+    def _say(self, line: str) -> None:
+        if self.trainer.is_global_zero:
+            print(line, flush=True)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def quiet() -> None:
+    """Silence what libraries say on every start and no user of qatlab can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", message=".*lightning.*")

@@ -1,0 +1,92 @@
+"""Class names and prompts become text features, once per text tower, class list and templates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qatlab.cache import atomic, cache_dir
+from qatlab.clip import Clip
+from qatlab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A zero-shot head: ``features`` (C, D) float32 unit vectors, ``names`` in label order, ``prompts`` for the results."""
+
+    features: Tensor
+    names: list[str]
+    prompts: str
+
+
+def class_features(clip: Clip, names: list[str] | None, templates: list[str], cache: bool = True) -> Classes:
+    """Return the zero-shot head: per class the mean of its prompts' unit embeddings, made unit again.
+
+    Without a text tower the rows come from ``model.text_features``, and ``names``, where given, pick among them. Raises
+    UserError when there is neither, or a name is missing from the table. Source: Radford et al. 2021, section 3.1.4.
+    """
+    if clip.text_table is not None:
+        return _from_table(clip, names)
+    if names is None:
+        raise UserError(
+            "the suite names no classes: give suite.class_names, or model.text_features with the names beside it."
+        )
+    if clip.model is None or clip.tokenizer is None:
+        raise UserError(
+            "the checkpoint has no text tower, so class prompts cannot be encoded: give model.text_features=FILE.safetensors:TABLE."
+        )
+    if not all("{}" in template for template in templates):
+        raise UserError(f"suite.templates={templates}: each needs a {{}} where the class name goes.")
+    text = [[template.format(name) for template in templates] for name in names]
+    path = cache_dir("text") / f"{_fingerprint(clip.model, text)}.safetensors"
+    if cache and path.exists():
+        features = load_file(path)["features"]
+    else:
+        features = torch.stack([_unit(encode_text(clip, prompts).mean(0)) for prompts in text])
+        if cache:
+            with atomic(path) as temporary:
+                save_file({"features": features}, temporary)
+    label = templates[0] if len(templates) == 1 else f"{len(templates)} templates"
+    return Classes(features, names, label)
+
+
+def _from_table(clip: Clip, names: list[str] | None) -> Classes:
+    table = clip.text_table
+    assert table is not None
+    missing = sorted(set(names or []) - set(table.names))
+    if missing:
+        raise UserError(
+            f"model.text_features has no row for {missing[0]!r} and {len(missing) - 1} more of suite.class_names."
+        )
+    chosen = names or table.names
+    rows = [table.names.index(name) for name in chosen] if names else list(range(len(table.names)))
+    return Classes(table.features[rows], chosen, table.source)
+
+
+@torch.no_grad()
+def encode_text(clip: Clip, texts: list[str], batch_size: int = 256) -> Tensor:
+    """Return unit text features (N, D) float32 on the CPU, without gradient."""
+    assert clip.model is not None
+    assert clip.tokenizer is not None
+    device = next(clip.model.parameters()).device
+    chunks = [clip.tokenizer(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+    return torch.cat([_unit(clip.model.encode_text(tokens.to(device)).float()).cpu() for tokens in chunks])
+
+
+def _unit(features: Tensor) -> Tensor:
+    return nn.functional.normalize(features, dim=-1)
+
+
+def _fingerprint(model: nn.Module, text: list[list[str]]) -> str:
+    """Hash the text tower's weights and the prompts: the same content is encoded once, on whatever path it lies."""
+    digest = hashlib.sha256(json.dumps(text).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(("visual.", "logit_")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
