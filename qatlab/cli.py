@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -90,7 +91,8 @@ def explain(error: BaseException, arguments: list[str]) -> str | None:
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, UserError):
-        return str(cause)
+        # From a loader process the sentence arrives below that process's traceback.
+        return str(cause).rpartition("UserError: ")[2].strip()
     if isinstance(error, InstantiationException):
         return str(error).split("\n")[0] if isinstance(cause, (TypeError, ImportError)) else None
     text = "\n".join(_messages(error))
@@ -128,7 +130,7 @@ def block_options() -> Iterator[str]:
     """Yield the dotted options of the _target_ blocks: data.* and quant.*.* of every choice."""
     for group in BLOCKS:
         for path in options.recipe_files(group).values():
-            yield from (f"{group.replace('/', '.')}.{key}" for key in OmegaConf.load(path) if key != "_target_")
+            yield from (f"{group.replace('/', '.')}.{key!s}" for key in OmegaConf.load(path) if key != "_target_")
 
 
 def _config_dir(arguments: list[str]) -> Path | None:
@@ -167,10 +169,9 @@ def option_sentences(kind: Any = options.Config, prefix: str = "") -> Iterator[t
 def _field_docs(kind: Any) -> dict[str, str]:
     """Return {field: the string literal under it}."""
     body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
-    pairs = zip(body, body[1:], strict=False)
     return {
-        a.target.id: b.value.value
-        for a, b in pairs
+        a.target.id: str(b.value.value)
+        for a, b in pairwise(body)
         if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
         if isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)
     }
@@ -193,7 +194,7 @@ def help_text(program: str, own: Path | None = None) -> str:
         for name, path in options.recipe_files(group).items():
             block = OmegaConf.to_container(OmegaConf.load(path))
             assert isinstance(block, dict)
-            shown = " ".join(f"{key}={_shown(value)}" for key, value in block.items() if key != "_target_")
+            shown = " ".join(f"{key!s}={_shown(value)}" for key, value in block.items() if key != "_target_")
             parts.append(f"  {f'{group}={name}':28} {group.replace('/', '.')}.{{{shown}}}")
     parts += ["", "options"]
     parts += [f"  {name:28} {sentence}" for name, sentence in option_sentences()]

@@ -188,7 +188,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises UserError when the file is damaged or holds more than tensors.
     """
     try:
-        loaded = (
+        loaded: Any = (
             load_file(path)
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
@@ -201,5 +201,5 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds more than tensors and is not loaded; save its state dict as .safetensors."
         ) from error
-    state = loaded.get("state_dict", loaded)
+    state: dict[str, Tensor] = loaded.get("state_dict", loaded)
     return {key.removeprefix("module."): value for key, value in state.items()}

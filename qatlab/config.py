@@ -256,7 +256,7 @@ def register() -> None:
 
 def as_config(composed: DictConfig) -> Config:
     """Return the composed options as typed dataclasses, interpolations resolved."""
-    composed = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
     assert isinstance(config, Config)
     _refuse_unknown(config)

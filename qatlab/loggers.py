@@ -9,12 +9,11 @@ from typing import Any
 import polars as pl
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from qatlab.cache import atomic
 from qatlab.config import Config
 from qatlab.errors import UserError
-from qatlab.results import Run
+from qatlab.results import Run, is_rank_zero
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -37,7 +36,7 @@ def build_loggers(config: Config, run: Run, recipe: str) -> list[Logger]:
     """Return the CSV logger, and W&B's unless it is disabled; nothing is written before the first value."""
     loggers: list[Logger] = [CSVLogger(run.folder, name="curves")]
     mode = wandb_mode(config.wandb.mode)
-    if mode != "disabled" and config.fit.steps and rank_zero_only.rank == 0:
+    if mode != "disabled" and config.fit.steps and is_rank_zero():
         # The mode goes into the settings too: WANDB_MODE, which Lightning sets, is read only once per process.
         settings: Any = wandb.Settings(silent=True, mode="offline" if mode == "offline" else "online")
         loggers.append(

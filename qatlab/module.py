@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize
 
 from qatlab.clip import Clip
@@ -17,7 +19,7 @@ from qatlab.errors import UserError
 from qatlab.evaluation import Prediction, Row, Source, View
 from qatlab.objectives import Features, Objective, caption_targets
 from qatlab.quant import Quantizer
-from qatlab.zeroshot import Classes
+from qatlab.zeroshot import Classes, class_features
 
 # An image tower that learns from scratch may not sharpen its softmax without bound (Radford et al. 2021 clip at 100; the
 # embedded world needs less).
@@ -37,7 +39,7 @@ class Student(L.LightningModule):
         self.visual = visual
         self.preprocess = clip.preprocess
         self.objective = Objective(config.objective) if config.fit.steps else None
-        self.both_towers = clip.model if config.fit.from_scratch else None
+        self.both_towers: Any = clip.model if config.fit.from_scratch else None
         self._frozen = {"clip": clip}  # in a dict, so that it is no submodule
         self.bank = bank
         self.logit_scale = clip.logit_scale
@@ -45,7 +47,7 @@ class Student(L.LightningModule):
         self.run_folder: Path | None = None  # where evaluations put files of their own; None in a probe
         self.facts: Row = {}  # what every row of the pass says besides its numbers
         self.scored_step: int | None = None  # the step of a pass outside training
-        self.views: list[View] = []
+        self.scored_views: list[View] = []  # what a pass outside training is reported under
         self.sources: list[Source] = []
         self.classes: dict[str, Classes] = {}
         self._check_objective()
@@ -59,6 +61,11 @@ class Student(L.LightningModule):
     def step(self) -> int:
         """Return the training step that a pass over a suite belongs to."""
         return self.global_step if self.scored_step is None else self.scored_step
+
+    @property
+    def views(self) -> list[View]:
+        """Return what the pass is reported under; a probe is read at the logit scale of the moment."""
+        return [View("probe", self.logit_scale)] if self.scored_step is None else self.scored_views
 
     def _check_objective(self) -> None:
         """Raise UserError for an objective whose texts are not there, before anything is trained."""
@@ -87,8 +94,17 @@ class Student(L.LightningModule):
         features = (visual or self.visual)(self.preprocess.normalize(images))
         return normalize(features.float(), dim=-1)
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
-        """Return what every evaluation is fed with."""
+    def on_validation_start(self) -> None:
+        """Encode the class prompts anew where the text tower is trained too."""
+        if self.both_towers is not None:
+            templates = self.config.suite.templates
+            self.classes = {
+                reference: class_features(self.clip, head.names, templates, cache=False)
+                for reference, head in self.classes.items()
+            }
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Return the batch's Prediction, which every evaluation is fed with."""
         images, labels, index = batch
         source = self.sources[dataloader_idx]
         features = self.embed(images)
@@ -107,9 +123,13 @@ class Student(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss; a NaN or infinite one raises UserError with the step and the first layer that shows it."""
         assert self.objective is not None
-        student = self.embed(batch["images"])
+        # On a CPU the fused attention's backward takes half of a small model's step; the plain one is faster there.
+        plain = self.both_towers is not None and self.device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            student = self.embed(batch["images"])
+            features = self._features(student, batch)
         with torch.autocast(self.device.type, enabled=False):
-            terms = self.objective(self._features(student, batch))
+            terms = self.objective(features)
         if not torch.isfinite(terms["loss"]):
             raise UserError(
                 f"the loss is {terms['loss'].item()} at step {self.global_step}; the first layer with a value that is not "
@@ -166,12 +186,12 @@ class Student(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the learned logit scale readable for the evaluations."""
         if self.both_towers is not None:
-            self.logit_scale = min(float(self.both_towers.logit_scale.detach().exp()), MAX_LEARNED_SCALE)  # type: ignore[union-attr, operator]
+            self.logit_scale = min(float(self.both_towers.logit_scale.detach().exp()), MAX_LEARNED_SCALE)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over weights, undecayed vectors and log-scales, with a warm-up and a constant or cosine rate."""
         fit, optim = self.config.fit, self.config.optim
-        optimizer = torch.optim.AdamW(self._groups(), lr=fit.lr, betas=tuple(optim.betas))
+        optimizer = torch.optim.AdamW(self._groups(), lr=fit.lr, betas=(optim.betas[0], optim.betas[1]))
 
         def rate(step: int) -> float:
             warm = min(1.0, (step + 1) / fit.warmup) if fit.warmup else 1.0

@@ -39,6 +39,11 @@ def run_id(config: Config) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def is_rank_zero() -> bool:
+    """Return whether this process is the one that writes: the first of its group, or a process on its own."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of one results.jsonl; a half-written last line (a killed process) is left out."""
     rows = []
@@ -74,7 +79,7 @@ class Run:
         self._lock: Any = None
 
     def __enter__(self) -> Run:
-        if rank_zero_only.rank == 0:
+        if is_rank_zero():
             self._take()
         return self
 
@@ -114,7 +119,7 @@ class Run:
     def describe(self, recipe: str) -> None:
         """Write config.yaml: the options of the run, once, on rank zero."""
         path = self.folder / "config.yaml"
-        if rank_zero_only.rank == 0 and not path.exists():
+        if is_rank_zero() and not path.exists():
             save(self.config, recipe, path)
 
     @property
@@ -132,7 +137,7 @@ class Run:
 
     def append(self, rows: list[Row]) -> None:
         """Add rows that are not there yet (by run, stage, step, dataset, score and prompts), in one write, on rank zero."""
-        if rank_zero_only.rank != 0:
+        if not is_rank_zero():
             return
         seen = {tuple(row[key] for key in _KEY) for row in self.rows()}
         common = self._common()

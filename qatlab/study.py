@@ -15,7 +15,6 @@ import polars as pl
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,16 +22,16 @@ from qatlab import clip as clips
 from qatlab.cache import atomic
 from qatlab.callbacks import ProgressLines, Results, Temperature
 from qatlab.config import Config, QuantConfig
-from qatlab.data import CaptionModule, Captioned, SkipCounter, load_text_table
+from qatlab.data import Captioned, CaptionModule, SkipCounter, load_text_table
 from qatlab.data.embedded import CLASS_NAMES
 from qatlab.data.suites import Suite, build_suite
 from qatlab.errors import UserError
-from qatlab.evaluation import Evaluation, View
+from qatlab.evaluation import View
 from qatlab.loggers import build_loggers
 from qatlab.module import Student
 from qatlab.objectives import teacher_probabilities
 from qatlab.quant import calibrate, layer_report, quantize, verify
-from qatlab.results import Run, read_rows
+from qatlab.results import Run
 from qatlab.zeroshot import encode_text
 
 REPORT_IMAGES = 16  # images that layers.csv and the count of distinct values are measured on
@@ -115,9 +114,8 @@ class Study:
     def plan(self) -> str:
         """Return what is left to do, in two or three lines."""
         fit, model = self.config.fit, self.clip.facts
-        lines = [
-            f"{self.recipe} {self.run.id}: {' -> '.join(self.stages)}, {model['model']} ({model['pretrained'] or model['weights']}, {model['activation']})"
-        ]
+        named = f"{model['model']} ({model['pretrained'] or model['weights']}, {model['activation']})"
+        lines = [f"{self.recipe} {self.run.id}: {' -> '.join(self.stages)}, {named}"]
         left = {stage: self.suite.missing(self.run.done(stage)).images for stage in self.stages}
         if any(left.values()):
             lines.append(f"  scoring: {' + '.join(f'{n} images {stage}' for stage, n in left.items() if n)}")
@@ -140,7 +138,7 @@ class Study:
 
     def _pass(self, suite: Suite, views: list[View], step: int, folder: Path | None) -> None:
         module = self.module
-        module.views, module.scored_step, module.run_folder = views, step, folder
+        module.scored_views, module.scored_step, module.run_folder = views, step, folder
         module.facts = self.facts(views[0].stage)
         module.sources = [entry.source for entry in suite.sets]
         loaders = self._loaders(suite)
@@ -180,7 +178,7 @@ class Study:
         )
         self._say(f"training{f' on from {checkpoint.name}' if checkpoint else ''}")
         module = self.module
-        module.views, module.run_folder, module.scored_step = [View("probe", module.logit_scale)], None, None
+        module.run_folder, module.scored_step = None, None
         module.facts = self.facts(self.stages[-1])
         self._batches = self._caption_batches(checkpoint)
         self.trainer.fit(

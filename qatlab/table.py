@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.table import Table
 
@@ -43,21 +43,22 @@ def results_table(rows: list[Row], title: str) -> Table:
     for stage in stages:
         table.add_column(TITLES[stage], justify="right")
     for dataset, role in dict.fromkeys((r["dataset"], r["role"]) for r in final.values()):
-        for i, (label, cells) in enumerate(
-            _lines(role, [lambda score, s=s: final.get((s, dataset, score)) for s in stages])
-        ):
+        by_stage = [
+            {score: row for (s, d, score), row in final.items() if (s, d) == (stage, dataset)} for stage in stages
+        ]
+        for i, (label, cells) in enumerate(_lines(role, by_stage)):
             table.add_row(dataset if i == 0 else "", label, *cells)
         table.add_section()
     return table
 
 
-def _lines(role: str, stages: list[Callable[[str], Row | None]]) -> Iterator[tuple[str, list[str]]]:
-    """Yield (label, a cell per stage) of one set; each of ``stages`` gives a stage's row of a score."""
+def _lines(role: str, stages: list[dict[str, Row]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield (label, a cell per stage) of one set; ``stages`` hold a stage's rows by score."""
     for metric, label, factor, digits in _LABELLED.get(role, []):
-        rows = [stage("zero_shot") for stage in stages]
+        rows = [stage.get("zero_shot") for stage in stages]
         yield label, [f"{factor * row['metrics'][metric]:.{digits}f}" if row else "" for row in rows]
     for score, name in SCORES.items() if role.endswith("ood") else []:
-        rows = [stage(score) for stage in stages]
+        rows = [stage.get(score) for stage in stages]
         if any(rows):
             cells = [" | ".join(f"{100 * row['metrics'][m]:5.1f}" for m in _DETECTION) if row else "" for row in rows]
             yield f"{name}: AUROC | FPR@95 ID+ | OOD+", cells

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,11 +72,11 @@ def _from_table(clip: Clip, names: list[str] | None) -> Classes:
 @torch.no_grad()
 def encode_text(clip: Clip, texts: list[str], batch_size: int = 256) -> Tensor:
     """Return unit text features (N, D) float32 on the CPU, without gradient."""
-    assert clip.model is not None
+    model: Any = clip.model
     assert clip.tokenizer is not None
-    device = next(clip.model.parameters()).device
+    device = next(model.parameters()).device
     chunks = [clip.tokenizer(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
-    return torch.cat([_unit(clip.model.encode_text(tokens.to(device)).float()).cpu() for tokens in chunks])
+    return torch.cat([_unit(model.encode_text(tokens.to(device)).float()).cpu() for tokens in chunks])
 
 
 def _unit(features: Tensor) -> Tensor:
