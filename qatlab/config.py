@@ -58,8 +58,8 @@ class SuiteConfig:
     """Folder that the sets' paths start from."""
     sets: dict[str, SetConfig] = field(default_factory=dict)
     """The sets by name."""
-    class_names: list[str] | None = None
-    """Class names in label order; default: those of model.text_features, or the embedded world's."""
+    class_names: Any = None
+    """Class names in label order, a list or a file (.txt, .json); default: those of model.text_features, or the embedded world's."""
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
     """Prompt templates, averaged per class."""
     images: int = 512

@@ -17,7 +17,8 @@ def conclude(study: Any) -> None:
     """Print the table of all stored rows and the paths of what was written; draw the reliability diagram, on rank zero."""
     if not study.trainer.is_global_zero:
         return
-    run, console = study.run, Console(soft_wrap=not Console().is_terminal, width=None if Console().is_terminal else 140)
+    terminal = Console().is_terminal
+    run, console = study.run, Console(width=None if terminal else 160, soft_wrap=not terminal)
     if not study.computed:
         console.print(f"{run.folder} was finished before: its stored results (force=true computes them anew)")
     console.print(results_table(run.rows(), f"{study.recipe} {run.id}"))
@@ -51,7 +52,9 @@ def draw_reliability(study: Any) -> Path | None:
         frame = pl.read_parquet(study.run.folder / "predictions" / f"{stage}.parquet").filter(
             pl.col("dataset") == reference
         )
-        panels.append((TITLES[stage], frame["confidence"].to_numpy(), frame["correct"].to_numpy()))
+        panels.append(
+            (TITLES[stage], frame["confidence"].to_numpy(writable=True), frame["correct"].to_numpy(writable=True))
+        )
     if not panels:
         return None
     path: Path = study.run.folder / "reliability.png"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qatlab.cache import atomic, cache_dir
 from qatlab.clip import Clip
-from qatlab.errors import UserError
+from qatlab.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ def class_features(clip: Clip, names: list[str] | None, templates: list[str], ca
 def _from_table(clip: Clip, names: list[str] | None) -> Classes:
     table = clip.text_table
     assert table is not None
-    missing = sorted(set(names or []) - set(table.names))
-    if missing:
-        raise UserError(
-            f"model.text_features has no row for {missing[0]!r} and {len(missing) - 1} more of suite.class_names."
-        )
-    chosen = names or table.names
-    rows = [table.names.index(name) for name in chosen] if names else list(range(len(table.names)))
-    return Classes(table.features[rows], chosen, table.source)
+    if names is None or names == table.names:
+        return Classes(table.features, table.names, table.source)
+    for name in names:
+        if (found := table.names.count(name)) != 1:
+            raise UserError(
+                f"model.text_features has {found} rows for suite.class_names' {name!r}{nearest(name, table.names)}."
+            )
+    rows = [table.names.index(name) for name in names]
+    return Classes(table.features[rows], names, table.source)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ def build_suite(config: SuiteConfig, clip: Clip, cache_text: bool = True) -> Sui
             f"no set of the suite has role: id (found {', '.join(f'{n}: {s.role}' for n, s in config.sets.items())})."
         )
     rendered = all(entry.path.startswith(_EMBEDDED) for entry in config.sets.values())
-    names = config.class_names or (None if clip.text_table is not None or not rendered else CLASS_NAMES)
+    names = _class_names(config) or (None if clip.text_table is not None or not rendered else CLASS_NAMES)
     classes = class_features(clip, names, config.templates, cache_text)
     sets = []
     for name, entry in config.sets.items():
@@ -142,6 +143,27 @@ def build_suite(config: SuiteConfig, clip: Clip, cache_text: bool = True) -> Sui
         )
     heads = {entry.source.reference: classes for entry in sets}
     return Suite(sets, heads)
+
+
+def _class_names(config: SuiteConfig) -> list[str] | None:
+    """Return suite.class_names, read from its file where it is one; raises UserError when that is missing or holds none."""
+    if not isinstance(config.class_names, str):
+        return config.class_names
+    path = Path(config.root or ".") / config.class_names
+    if not path.is_file():
+        raise UserError(
+            f"suite.class_names={config.class_names}: there is no file {path}; give a .txt, a .json or a list."
+        )
+    if path.suffix == ".txt":
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    records = json.loads(path.read_text())
+    if isinstance(records, list) and all(
+        isinstance(record, dict) and {"index", "name"} <= set(record) for record in records
+    ):
+        return [record["name"] for record in sorted(records, key=lambda record: record["index"])]
+    if isinstance(records, list) and all(isinstance(record, str) for record in records):
+        return records
+    raise UserError(f"{path} is no list of names, nor of records with index and name.")
 
 
 def _open(entry: SetConfig, config: SuiteConfig, clip: Clip, classes: Classes) -> Sized:

@@ -79,23 +79,28 @@ def quantize(
         )
     slots = _slots(names, weight, act, rules or {})
 
-    def make(name: str, layer: nn.Linear | nn.Conv2d, kind: type[QuantLayer] = QuantLinear) -> nn.Module:
-        if not slots[name]:
-            return layer
-        make_weight, make_act = slots[name].weight, slots[name].act
-        outputs, inputs = layer.weight.shape[:2]
-        return kind(
-            layer,  # type: ignore[arg-type]
-            make_weight(channels=outputs, batched=False) if make_weight else None,
-            make_act(channels=inputs, batched=True) if make_act else None,
-        )
-
+    make = partial(_quantized, slots)
     stand_ins = [(site, site.build(make)) for site in sites if any(slots[name] for name in site.layers)]
     for site, stand_in in stand_ins:
         # torch does not let a module take the name of a Parameter.
         site.owner._parameters.pop(site.attribute, None)
         setattr(site.owner, site.attribute, stand_in)
     return model
+
+
+def _quantized(
+    slots: dict[str, _Slots], name: str, layer: nn.Linear | nn.Conv2d, kind: type[QuantLayer] = QuantLinear
+) -> nn.Module:
+    """The stand-in of one layer, or the layer itself where neither of its tensors is quantized."""
+    make_weight, make_act = slots[name].weight, slots[name].act
+    if not slots[name]:
+        return layer
+    outputs, inputs = layer.weight.shape[:2]
+    return kind(
+        layer,
+        make_weight(channels=outputs, batched=False) if make_weight else None,
+        make_act(channels=inputs, batched=True) if make_act else None,
+    )
 
 
 def _sites(module: nn.Module, prefix: str, patch_conv: bool) -> Iterator[_Site]:
