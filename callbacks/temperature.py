@@ -64,14 +64,15 @@ class Temperature(Evaluation):
         self.count = len(targets)
         return fit_logit_scale(cosines, targets, current=current)
 
-    def row(self, fit: Fit) -> Row:
-        """Return the row that records a fit: the scale and the NLL of the images it was fitted on, before and after."""
+    def row(self, fit: Fit, definition: str) -> Row:
+        """Return the row of a fit on the images of ``definition``: the scale, and their NLL before and after."""
         return {
             "stage": self.stage,
             "logit_scale": fit.logit_scale,
             "dataset": self.source,
             "role": "calibration",
             "reference": self.source,
+            "definition": definition,
             "score": "logit_scale_fit",
             "n": self.count,
             "metrics": {"nll_before": fit.nll_before, "nll": fit.nll_after, "at_bound": float(fit.at_bound)},

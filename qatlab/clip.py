@@ -127,6 +127,10 @@ def _quick_gelu(config: ModelConfig, tag: dict[str, Any], from_scratch: bool) ->
                 f"which was trained with {'QuickGELU' if quick else 'GELU'}; drop the option."
             )
         return quick
+    if named and config.quick_gelu is False:
+        raise UserError(
+            f"model.quick_gelu=false contradicts model.name={config.name}; drop the option or the name's ending."
+        )
     if config.quick_gelu is None and config.checkpoint and not named and not from_scratch:
         raise UserError(
             f"model.checkpoint={config.checkpoint} does not tell its activation function: add model.pretrained=<tag it was "
@@ -185,7 +189,7 @@ def _shape(state: dict[str, Tensor], key: str) -> str:
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors or weights-only .pt file, without 'module.' prefixes.
 
-    Raises UserError when the file is damaged or holds more than tensors.
+    Raises UserError when the file is damaged, holds more than tensors, or something else than a state dict.
     """
     try:
         loaded: Any = (
@@ -201,5 +205,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds more than tensors and is not loaded; save its state dict as .safetensors."
         ) from error
-    state: dict[str, Tensor] = loaded.get("state_dict", loaded)
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict (tensors by name); save one, best as .safetensors.")
     return {key.removeprefix("module."): value for key, value in state.items()}

@@ -59,7 +59,7 @@ class SuiteConfig:
     sets: dict[str, SetConfig] = field(default_factory=dict)
     """The sets by name."""
     class_names: Any = None
-    """Class names in label order, a list or a file (.txt, .json); default: those of model.text_features, or the embedded world's."""
+    """Class names in label order, as a list or a file (.txt, .json); default: of model.text_features, or the embedded world's."""
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
     """Prompt templates, averaged per class."""
     images: int = 512
@@ -176,12 +176,16 @@ class WandbConfig:
     """W&B team or user."""
 
 
-def _callbacks() -> dict[str, Any]:
+_SCORES = ("msp", "energy", "max_logit", "mcm")
+
+
+def default_callbacks() -> dict[str, Any]:
+    """Return the evaluations of every run; what can be set on the command line is written out."""
     return {
         "calibration": {"_target_": "qatlab.callbacks.Calibration"},
-        "ood": {"_target_": "qatlab.callbacks.OOD"},
-        "predictions": {"_target_": "qatlab.callbacks.Predictions"},
-        "temperature": {"_target_": "qatlab.callbacks.Temperature"},
+        "ood": {"_target_": "qatlab.callbacks.OOD", "scores": list(_SCORES), "mcm_temperature": 1.0},
+        "predictions": {"_target_": "qatlab.callbacks.Predictions", "scores": list(_SCORES), "mcm_temperature": 1.0},
+        "temperature": {"_target_": "qatlab.callbacks.Temperature", "source": "calibration"},
     }
 
 
@@ -214,7 +218,7 @@ class Config:
     fit: FitConfig = field(default_factory=FitConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    callbacks: dict[str, Any] = field(default_factory=_callbacks)
+    callbacks: dict[str, Any] = field(default_factory=default_callbacks)
     """Evaluations by name, _target_ blocks; callbacks.ood=null removes one."""
     checkpoint: str | None = None
     """evaluate only: a finished run's folder (runs/<recipe>-<id>)."""
@@ -234,10 +238,14 @@ class Config:
     )
 
 
-def recipe_files(folder: str = "") -> dict[str, Path]:
-    """Return {name: file} of the YAML choices in recipes/<folder>; "" gives the recipes themselves."""
-    root = Path(str(files("qatlab.recipes")))
-    return {path.stem: path for path in sorted((root / folder).glob("*.yaml"))}
+def recipe_files(folder: str = "", own: Path | None = None) -> dict[str, Path]:
+    """Return {name: file} of the YAML choices in recipes/<folder>; "" gives the recipes themselves.
+
+    ``own`` is a --config-dir: its choices come after, and in place of those with the same name.
+    """
+    paths = sorted((Path(str(files("qatlab.recipes"))) / folder).glob("*.yaml"))
+    paths += sorted((own / (folder or "recipe")).glob("*.yaml")) if own else []
+    return {path.stem: path for path in paths}
 
 
 GROUPS = ["model", "data", "suite", "trainer", "optim", "quant/weight", "quant/act"]
@@ -265,10 +273,10 @@ def as_config(composed: DictConfig) -> Config:
 
 def _refuse_unknown(options: Any, prefix: str = "") -> None:
     """Raise UserError for an option added with '+' that nothing reads."""
-    known = [entry.name for entry in fields(options)]
+    known = [f"{prefix}{entry.name}" for entry in fields(options)]
     for name, value in vars(options).items():
-        if name not in known:
-            raise UserError(f"{prefix}{name} is not an option{nearest(name, known)}; --help lists them.")
+        if (key := f"{prefix}{name}") not in known:
+            raise UserError(f"{key} is not an option{nearest(key, known)}; --help lists them.")
         for key, entry in value.items() if isinstance(value, dict) else [("", value)]:
             if is_dataclass(entry):
                 _refuse_unknown(entry, f"{prefix}{name}.{key}{'.' if key else ''}")

@@ -14,11 +14,16 @@ from torchmetrics import Metric
 
 @dataclass(frozen=True)
 class Source:
-    """One evaluated set: its name, its role (id | near_ood | far_ood | shifted | calibration) and its ID reference."""
+    """One evaluated set: its name, its role (id | near_ood | far_ood | shifted | calibration) and its ID reference.
+
+    ``definition`` is a hash of what its numbers rest on: which images, reference and classes, which evaluations. A stored
+    row stands for a set only while that stays the same.
+    """
 
     name: str
     role: str
     reference: str
+    definition: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ def row(view: View, source: Source, score: str, n: int, metrics: dict[str, float
         "dataset": source.name,
         "role": source.role,
         "reference": source.reference,
+        "definition": source.definition,
         "score": score,
         "n": n,
         "metrics": metrics,

@@ -12,31 +12,41 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from qatlab.cache import atomic
 from qatlab.config import Config
-from qatlab.errors import UserError
+from qatlab.errors import UserError, nearest
 from qatlab.results import Run, is_rank_zero
 
 MODES = ("auto", "online", "offline", "disabled")
 
 
 def wandb_mode(mode: str) -> str:
-    """Return online, offline or disabled: ``auto`` follows WANDB_MODE, else is online where a key is configured.
+    """Return online, offline or disabled: ``auto`` follows WANDB_MODE, else is online where a key is configured and accepted.
 
-    Raises UserError for another word.
+    Raises UserError for another word, and for online without such a key.
     """
+    option = "wandb.mode"
+    if mode == "auto" and os.environ.get("WANDB_MODE"):
+        option, mode = "WANDB_MODE", os.environ["WANDB_MODE"]
     if mode not in MODES:
-        raise UserError(f"wandb.mode={mode} is unknown; there are {', '.join(MODES)}.")
-    if mode != "auto":
+        raise UserError(f"{option}={mode} is unknown; there are {', '.join(MODES)}{nearest(mode, MODES)}.")
+    if mode in ("offline", "disabled"):
         return mode
-    if os.environ.get("WANDB_MODE") in MODES:
-        return os.environ["WANDB_MODE"]
-    return "online" if wandb.login(prompt=False) else "offline"
+    try:
+        refusal = "" if wandb.login(prompt=False) else "no API key is configured"
+    except wandb.Error as error:  # a malformed key, or no answer from the server
+        refusal = str(error).rstrip(".")
+        if mode == "auto":
+            print(f"W&B: {refusal}; the curves are kept offline.")
+    if refusal and mode == "online":
+        raise UserError(f"{option}=online, but {refusal}: run `wandb login`, or set wandb.mode=offline.")
+    return "offline" if refusal else "online"
 
 
 def build_loggers(config: Config, run: Run, recipe: str) -> list[Logger]:
     """Return the CSV logger, and W&B's unless it is disabled; nothing is written before the first value."""
     loggers: list[Logger] = [CSVLogger(run.folder, name="curves")]
-    mode = wandb_mode(config.wandb.mode)
-    if mode != "disabled" and config.fit.steps and is_rank_zero():
+    if not (config.fit.steps and is_rank_zero()):
+        return loggers
+    if (mode := wandb_mode(config.wandb.mode)) != "disabled":
         # The mode goes into the settings too: WANDB_MODE, which Lightning sets, is read only once per process.
         settings: Any = wandb.Settings(silent=True, mode="offline" if mode == "offline" else "online")
         loggers.append(

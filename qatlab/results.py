@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -27,13 +28,16 @@ from qatlab.evaluation import Row
 # go on with other devices, and new evaluations are added to it.
 _IDENTITY = ["model", "data", "quant", "objective", "optim", "fit", "seed"]
 _NOT_IDENTITY = {"fit": ["eval_every", "checkpoint_every", "workers"]}
-_KEY = ["run_id", "stage", "step", "dataset", "score", "prompts"]
+_ASIDE = re.compile(r"\.\d{8}-\d{6}$")  # the end of the name of a run folder that force=true moved
+_KEY = ["run_id", "stage", "step", "dataset", "definition", "score", "prompts"]
 
 
 def run_id(config: Config) -> str:
     """Return eight hex digits: a hash of everything in ``config`` that decides the trained model, equal on every rank."""
     options = dataclasses.asdict(config)
     identity = {name: options[name] for name in _IDENTITY} | {"precision": config.trainer.precision}
+    if config.quant.rules:  # the first match wins, so their order counts
+        identity["quant"]["rules"] = list(config.quant.rules.items())
     for group, names in _NOT_IDENTITY.items():
         identity[group] = {key: value for key, value in identity[group].items() if key not in names}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -58,15 +62,22 @@ def read_rows(path: Path) -> list[Row]:
 def read(folders: Iterable[str | Path] | str | Path = "runs") -> pl.DataFrame:
     """Return every row below one folder or several as one polars frame, metrics as columns.
 
-    The flat config is left out; read ``config.yaml`` beside the rows for it.
+    The flat config is left out; read ``config.yaml`` beside the rows for it. Runs that ``force=true`` moved aside count
+    only where their own folder is named.
     """
     roots = [folders] if isinstance(folders, (str, Path)) else list(folders)
-    files = sorted({file for root in roots for file in Path(root).rglob("results.jsonl")})
+    files = sorted({file for root in roots for file in _result_files(Path(root))})
     rows = [row for file in files for row in read_rows(file)]
     flat = [
         {k: v for k, v in row.items() if k not in ("metrics", "config", "versions")} | row["metrics"] for row in rows
     ]
     return pl.DataFrame(flat, infer_schema_length=None)
+
+
+def _result_files(root: Path) -> Iterable[Path]:
+    for file in root.rglob("results.jsonl"):
+        if not any(_ASIDE.search(part) for part in file.relative_to(root).parts):
+            yield file
 
 
 class Run:
@@ -131,18 +142,18 @@ class Run:
         """Return what is stored."""
         return read_rows(self.results)
 
-    def done(self, stage: str) -> set[str]:
-        """Return the datasets that already have rows of ``stage``."""
-        return {row["dataset"] for row in self.rows() if row["stage"] == stage}
+    def done(self, stage: str) -> set[tuple[str, str]]:
+        """Return (dataset, definition) of the sets that already have rows of ``stage``."""
+        return {(row["dataset"], row["definition"]) for row in self.rows() if row["stage"] == stage}
 
     def append(self, rows: list[Row]) -> None:
         """Add rows that are not there yet (by run, stage, step, dataset, score and prompts), in one write, on rank zero."""
         if not is_rank_zero():
             return
-        seen = {tuple(row[key] for key in _KEY) for row in self.rows()}
+        seen = {_key(row) for row in self.rows()}
         common = self._common()
-        new = [row for row in ({"run_id": self.id, **row, **common} for row in rows) if _key(row) not in seen]
-        text = "".join(json.dumps(row) + "\n" for row in new)
+        new = {_key(row): row for row in ({"run_id": self.id, **row, **common} for row in rows)}
+        text = "".join(json.dumps(row) + "\n" for key, row in new.items() if key not in seen)
         with self.results.open("ab") as file:
             # A line that a killed process left half-written is closed first, so that it spoils no row but itself.
             if file.tell() and not self.results.read_bytes().endswith(b"\n"):

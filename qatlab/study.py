@@ -7,6 +7,8 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ class Study:
         self.data = instantiate(config.data)
         if is_quantized(config.quant) or config.fit.steps:
             self.data.prepare()  # a missing shard ends the run here, not after the scoring
-        self.suite = build_suite(config.suite, self.clip, cache_text=not config.fit.from_scratch)
+        scoring = {name: block for name, block in config.callbacks.items() if name != "temperature"}
+        self.suite = build_suite(config.suite, self.clip, scoring, cache_text=not config.fit.from_scratch)
         bank = getattr(self.data, "text_bank", None)
         self.module = Student(config, self.clip, self.clip.visual, load_text_table(bank).features if bank else None)
         self.module.classes = self.suite.classes
@@ -144,7 +147,8 @@ class Study:
         loaders = self._loaders(suite)
         self.computed = True
         self.progress["batches"] = sum(len(loader) for loader in loaders)
-        self.trainer.validate(module, dataloaders=loaders, verbose=False)
+        with self._interruptible():
+            self.trainer.validate(module, dataloaders=loaders, verbose=False)
 
     def quantize(self) -> None:
         """Put the quantized copy in place, its scales calibrated or read back; writes layers.csv and checks every quantizer."""
@@ -181,14 +185,13 @@ class Study:
         module.run_folder, module.scored_step = None, None
         module.facts = self.facts(self.stages[-1])
         self._batches = self._caption_batches(checkpoint)
-        self.trainer.fit(
-            self.module,
-            datamodule=self._batches,
-            ckpt_path=checkpoint and str(checkpoint),
-            weights_only=True,
-        )
-        if self.trainer.interrupted:
-            raise KeyboardInterrupt
+        with self._interruptible():
+            self.trainer.fit(
+                self.module,
+                datamodule=self._batches,
+                ckpt_path=checkpoint and str(checkpoint),
+                weights_only=True,
+            )
         self._write("model.safetensors", lambda path: save_file(_tensors(trained), path))
         self._state(logit_scale=self.module.logit_scale)
 
@@ -197,13 +200,16 @@ class Study:
         temperature = self.temperature
         if temperature is None:
             return None
-        known = self._state().get(temperature.stage)
+        split = self.suite.only(roles={"calibration"}).sets
+        definition = split[0].source.definition if temperature.source == "calibration" and split else ""
+        name = "/".join(filter(None, [temperature.stage, definition]))
+        known = self._state().get(name)
         if known is None:
             fit = self._refit(temperature)
-            row = temperature.row(fit) | self.facts(self.stages[-1])
+            row = temperature.row(fit, definition) | self.facts(self.stages[-1])
             self.run.append([row | {"step": self.config.fit.steps, "prompts": None}])
             known = fit.logit_scale
-            self._state(**{temperature.stage: known})
+            self._state(**{name: known})
         return View(temperature.stage, known)
 
     def _refit(self, temperature: Temperature) -> Any:
@@ -305,6 +311,16 @@ class Study:
             inference_mode=False,  # folded weights outlive a pass
             default_root_dir=self.run.folder,
         )  # fmt: skip
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Turn the SystemExit that Lightning makes of Ctrl-C back into what it was."""
+        try:
+            yield
+        except SystemExit:
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
 
     def _state(self, **news: float) -> dict[str, float]:
         """Return the scales learned so far, ``news`` added and stored."""

@@ -44,7 +44,7 @@ def class_features(clip: Clip, names: list[str] | None, templates: list[str], ca
     if not all("{}" in template for template in templates):
         raise UserError(f"suite.templates={templates}: each needs a {{}} where the class name goes.")
     text = [[template.format(name) for template in templates] for name in names]
-    path = cache_dir("text") / f"{_fingerprint(clip.model, text)}.safetensors"
+    path = cache_dir("text") / f"{_fingerprint(clip, text)}.safetensors"
     if cache and path.exists():
         features = load_file(path)["features"]
     else:
@@ -84,10 +84,11 @@ def _unit(features: Tensor) -> Tensor:
     return nn.functional.normalize(features, dim=-1)
 
 
-def _fingerprint(model: nn.Module, text: list[list[str]]) -> str:
-    """Hash the text tower's weights and the prompts: the same content is encoded once, on whatever path it lies."""
-    digest = hashlib.sha256(json.dumps(text).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+def _fingerprint(clip: Clip, text: list[list[str]]) -> str:
+    """Hash the prompts and the text tower, its weights and what they do not tell, but not the path it was loaded from."""
+    assert clip.model is not None
+    digest = hashlib.sha256(json.dumps([text, clip.facts["model"], clip.facts["activation"]]).encode())
+    for name, tensor in sorted(clip.model.state_dict().items()):
         if not name.startswith(("visual.", "logit_")):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

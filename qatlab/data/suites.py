@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sized
-from dataclasses import dataclass, replace
+from collections.abc import Sequence, Sized
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,18 +26,18 @@ _EMBEDDED = "embedded:"
 
 
 class Indexed(Dataset):  # type: ignore[type-arg]
-    """A set whose items (image, label) get their position, thinned to every ``stride``-th image."""
+    """A set whose items (image, label) get their position; ``places`` restricts it to some of its images."""
 
-    def __init__(self, images: Any, stride: int = 1) -> None:
+    def __init__(self, images: Any, places: Sequence[int] | None = None) -> None:
         self.images = images
-        self.stride = stride
+        self.places = range(len(images)) if places is None else places
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.stride)
+        return len(self.places)
 
     def __getitems__(self, positions: list[int]) -> list[tuple[Tensor, int, int]]:
         """Return several items; a DataLoader calls this, and a rendered set draws them together."""
-        places = [position * self.stride for position in positions]
+        places = [self.places[position] for position in positions]
         batched = getattr(self.images, "__getitems__", None)
         items = batched(places) if batched else [self.images[place] for place in places]
         return [(image, label, position) for (image, label), position in zip(items, positions, strict=True)]
@@ -72,7 +74,7 @@ class Suite:
         return replace(self, sets=sets)
 
     def probe(self, names: list[str] | None, images: int) -> Suite:
-        """Return the small suite of a probe: evenly spaced images of some sets, never those of the calibration split."""
+        """Return the small suite of a probe: at most ``images`` of some sets each, never those of the calibration split."""
         scored = [entry for entry in self.sets if entry.source.role != "calibration"]
         for name in names or []:
             if name not in (known := [entry.source.name for entry in scored]):
@@ -83,15 +85,16 @@ class Suite:
         # A set without its reference has no scores: references come along.
         wanted = {entry.source.reference for entry in chosen} | {entry.source.name for entry in chosen}
         thin = [
-            replace(entry, images=Indexed(entry.images.images, max(1, len(entry.images) // images)))
+            replace(entry, images=Indexed(entry.images.images, _draw(len(entry.images), images)))
             for entry in scored
             if entry.source.name in wanted
         ]
         return replace(self, sets=thin)
 
-    def missing(self, done: set[str]) -> Suite:
-        """Return the suite of the sets that ``done`` lacks, with the ID references that their scores need."""
-        todo = [s for s in self.sets if s.source.name not in done and s.source.role != "calibration"]
+    def missing(self, done: set[tuple[str, str]]) -> Suite:
+        """Return the suite of the sets whose (name, definition) ``done`` lacks, with the ID references they need."""
+        scored = [s for s in self.sets if s.source.role != "calibration"]
+        todo = [s for s in scored if (s.source.name, s.source.definition) not in done]
         wanted = {s.source.name for s in todo} | {s.source.reference for s in todo}
         return self.only(names=wanted)
 
@@ -108,8 +111,10 @@ class Suite:
         ]
 
 
-def build_suite(config: SuiteConfig, clip: Clip, cache_text: bool = True) -> Suite:
+def build_suite(config: SuiteConfig, clip: Clip, evaluations: Any = None, cache_text: bool = True) -> Suite:
     """Return the suite that ``config`` describes, its folders opened and its class prompts encoded.
+
+    ``evaluations`` is what scores it, as options: part of each set's definition.
 
     Raises UserError for a missing root or folder, an unknown role or reference, a suite without an id set, and classes
     that do not fit.
@@ -137,7 +142,12 @@ def build_suite(config: SuiteConfig, clip: Clip, cache_text: bool = True) -> Sui
             raise UserError(
                 f"suite.sets.{name}.reference={reference} is no id set of the suite{nearest(reference, config.sets)}."
             )
-        source = Source(name, entry.role, name if entry.role == "id" else reference)
+        if entry.role == "id":
+            reference = name
+        where = [config.root, config.images, config.seed] if entry.path.startswith(_EMBEDDED) else [config.root]
+        texts = [classes.names, config.templates if clip.text_table is None else classes.prompts]
+        definition = _hash(asdict(entry), asdict(config.sets[reference]), where, texts, evaluations)
+        source = Source(name, entry.role, reference, definition)
         sets.append(
             EvaluationSet(source, Indexed(_open(entry, config, clip, classes)), entry.path.startswith(_EMBEDDED))
         )
@@ -145,11 +155,20 @@ def build_suite(config: SuiteConfig, clip: Clip, cache_text: bool = True) -> Sui
     return Suite(sets, heads)
 
 
+def _draw(n: int, k: int) -> list[int]:
+    # Not every n / k-th: where classes take turns, that would be some of the classes only.
+    return sorted(np.random.default_rng(0).permutation(n)[:k].tolist())
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def _class_names(config: SuiteConfig) -> list[str] | None:
     """Return suite.class_names, read from its file where it is one; raises UserError when that is missing or holds none."""
     if not isinstance(config.class_names, str):
         return config.class_names
-    path = Path(config.root or ".") / config.class_names
+    path = Path(config.root or ".").expanduser() / config.class_names
     if not path.is_file():
         raise UserError(
             f"suite.class_names={config.class_names}: there is no file {path}; give a .txt, a .json or a list."
@@ -169,13 +188,14 @@ def _class_names(config: SuiteConfig) -> list[str] | None:
 def _open(entry: SetConfig, config: SuiteConfig, clip: Clip, classes: Classes) -> Sized:
     if entry.path.startswith(_EMBEDDED):
         return cast(Sized, EmbeddedSet(entry.path.removeprefix(_EMBEDDED), config.images, config.seed))
-    path = Path(config.root or ".") / entry.path
+    root = Path(config.root or ".").expanduser()
+    path = root / entry.path
     if not path.is_dir():
         raise UserError(
             f"{path} is not there; suite.root={config.root} and the sets' paths below it decide where images are read."
         )
     index = None
     if entry.role in ("id", "shifted", "calibration"):
-        file = Path(config.root or ".") / entry.classes if entry.classes else None
-        index = class_index_for(path, classes.names, file)
+        file = root / entry.classes if entry.classes else None
+        index = class_index_for(path, classes.names, file, entry.exclude)
     return ImageFolderSet(path, clip.preprocess, index, entry.pick, list(entry.exclude))

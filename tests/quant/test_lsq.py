@@ -160,7 +160,7 @@ def test_a_linear_scale_survives_zero() -> None:
     with torch.no_grad():
         lsq.step.zero_()
     assert torch.isfinite(lsq(torch.randn(2, 4))).all()
-    assert float(lsq.scale) > 0
+    assert float(lsq.scale.detach()) > 0
 
 
 def test_an_unknown_start_is_refused() -> None:

@@ -1,0 +1,79 @@
+"""What every test shares: caches in a temporary folder, no W&B, a small run, and real data where there is some."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qatlab.config import Config, compose
+from qatlab.fit import fit
+from qatlab.results import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+# One process, four small sets, two steps: about three seconds.
+SMALL = [
+    "trainer.accelerator=cpu",
+    "suite.images=32",
+    "~suite.sets.fog",
+    "~suite.sets.gray",
+    "~suite.sets.blur",
+    "~suite.sets.usual",
+    "~suite.sets.unusual",
+    "~suite.sets.far_ood",
+    "suite.probe_sets=[id,near_ood]",
+    "suite.probe_images=16",
+    "quant.calibration_images=16",
+    "data.samples=64",
+    "fit.eval_every=1",
+    "fit.workers=0",
+    "wandb.mode=disabled",
+]
+TRAINING = ["fit.steps=2", "fit.batch_size=8", "fit.unique_samples=16"]
+Options = Callable[..., Config]
+Fit = Callable[..., Run]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QATLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("WANDB_SILENT", "true")
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real test images; without it the test is skipped."""
+    folder = Path(os.environ.get("QATLAB_TEST_DATA") or ROOT / "../shared/data").resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no real test data at {folder} (set QATLAB_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small() -> Options:
+    """``small(recipe, *overrides)``: the options of a run that takes seconds."""
+
+    def options(recipe: str, *overrides: str) -> Config:
+        base = [*SMALL, *(TRAINING if recipe not in ("fp32", "ptq") else [])]
+        if recipe == "pretrain_tiny":
+            base = [option for option in base if not option.startswith(("data.samples", "fit.unique"))]
+        # Hydra refuses an option given twice; the later one counts here
+        given = {override.split("=")[0] for override in overrides}
+        return compose(f"recipe={recipe}", *(o for o in base if o.split("=")[0] not in given), *overrides)
+
+    return options
+
+
+@pytest.fixture(scope="session")
+def small_fit(small: Options) -> Fit:
+    """``small_fit(recipe, folder, *overrides)``: such a run, done, below ``folder``."""
+
+    def run(recipe: str, folder: Path, *overrides: str) -> Run:
+        return fit(small(recipe, f"output={folder}", *overrides), recipe)
+
+    return run

@@ -1,0 +1,155 @@
+"""The zero-shot head against its plain formula, and its cache: made once, never taken for another one's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qatlab import clip as clips
+from qatlab.clip import Clip
+from qatlab.config import ModelConfig
+from qatlab.data import TextTable
+from qatlab.errors import UserError
+from qatlab.zeroshot import class_features, encode_text
+
+NAMES = ["circle", "star", "square"]
+TEMPLATES = ["a photo of a {}", "there is a {}"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QATLAB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def clip() -> Clip:
+    return clips.load(ModelConfig())
+
+
+@pytest.fixture
+def calls(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts each call of the text tower got."""
+    model: Any = clip.model
+    found: list[int] = []
+    encode = model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda tokens: (found.append(len(tokens)), encode(tokens))[1])
+    return found
+
+
+def table_clip(rows: torch.Tensor, names: list[str]) -> Clip:
+    made = clips.load(ModelConfig())
+    made.model, made.text_table = None, TextTable(rows, names, "test.safetensors:pets")
+    return made
+
+
+@torch.no_grad()
+def test_a_class_is_the_unit_mean_of_its_unit_prompts(clip: Clip) -> None:
+    head = class_features(clip, NAMES, TEMPLATES)
+    assert head.names == NAMES
+    assert head.prompts == "2 templates"
+    assert head.features.dtype == torch.float32
+    model: Any = clip.model
+    for name, found in zip(NAMES, head.features.double(), strict=True):
+        mean = torch.zeros(64, dtype=torch.float64)
+        for template in TEMPLATES:
+            raw = model.encode_text(clip.tokenizer([template.format(name)]))[0].double()  # type: ignore[misc]
+            mean += raw / raw.square().sum().sqrt() / len(TEMPLATES)
+        torch.testing.assert_close(found, mean / mean.square().sum().sqrt(), rtol=0, atol=1e-6)
+
+
+def test_one_template_is_named_in_the_results(clip: Clip) -> None:
+    assert class_features(clip, NAMES, ["a photo of a {}"]).prompts == "a photo of a {}"
+
+
+def test_the_second_time_the_text_tower_is_not_asked(clip: Clip, calls: list[int]) -> None:
+    first = class_features(clip, NAMES, TEMPLATES)
+    assert sum(calls) == len(NAMES) * len(TEMPLATES)
+    calls.clear()
+    again = class_features(clip, NAMES, TEMPLATES)
+    assert calls == []
+    assert torch.equal(first.features, again.features)
+
+
+def test_a_training_text_tower_is_always_asked(clip: Clip, calls: list[int], own_cache: Path) -> None:
+    for _ in range(2):
+        class_features(clip, NAMES, TEMPLATES, cache=False)
+    assert sum(calls) == 2 * len(NAMES) * len(TEMPLATES)
+    assert not list(own_cache.rglob("*.safetensors"))
+
+
+def _text_weight(clip: Clip) -> None:
+    model: Any = clip.model
+    model.transformer.resblocks[0].mlp.c_fc.weight.data[0, 0] += 1e-3
+
+
+def _image_weight(clip: Clip) -> None:
+    model: Any = clip.model
+    model.visual.proj.data[0, 0] += 1e-3
+
+
+def _activation(clip: Clip) -> None:
+    clip.facts["activation"] = "quick_gelu"
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "change", "anew"),
+    [
+        (NAMES, TEMPLATES, None, False),
+        (NAMES[::-1], TEMPLATES, None, True),
+        (NAMES, TEMPLATES[::-1], None, True),
+        (NAMES, TEMPLATES[:1], None, True),
+        (NAMES, TEMPLATES, _text_weight, True),
+        (NAMES, TEMPLATES, _image_weight, False),
+        (NAMES, TEMPLATES, _activation, True),
+    ],
+)
+def test_the_cache_goes_by_what_decides_the_features(
+    clip: Clip, calls: list[int], names: list[str], templates: list[str], change: Any, anew: bool
+) -> None:
+    class_features(clip, NAMES, TEMPLATES)
+    calls.clear()
+    if change is not None:
+        change(clip)
+    class_features(clip, names, templates)
+    assert bool(calls) == anew
+
+
+def test_a_cached_head_is_the_one_of_these_weights(clip: Clip) -> None:
+    first = class_features(clip, NAMES, TEMPLATES).features
+    _text_weight(clip)
+    model: Any = clip.model
+    model.text_projection.data.mul_(-1)
+    second = class_features(clip, NAMES, TEMPLATES).features
+    assert not torch.equal(first, second)
+
+
+def test_encoded_texts_are_unit_vectors_in_any_chunking(clip: Clip) -> None:
+    texts = [f"a photo of a {name}" for name in NAMES]
+    whole, pieces = encode_text(clip, texts), encode_text(clip, texts, batch_size=2)
+    torch.testing.assert_close(whole.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(whole, pieces)
+    assert not whole.requires_grad
+
+
+def test_a_table_gives_its_rows_in_the_order_asked_for() -> None:
+    clip = table_clip(torch.eye(3), ["cat", "dog", "fish"])
+    assert torch.equal(class_features(clip, None, TEMPLATES).features, torch.eye(3))
+    head = class_features(clip, ["fish", "cat"], TEMPLATES)
+    assert torch.equal(head.features, torch.eye(3)[[2, 0]])
+    assert (head.names, head.prompts) == (["fish", "cat"], "test.safetensors:pets")
+
+
+def test_mistakes_are_told_in_a_sentence(clip: Clip) -> None:
+    with pytest.raises(UserError, match=r"has 0 rows for suite.class_names' 'cow'"):
+        class_features(table_clip(torch.eye(2), ["cat", "dog"]), ["cow", "hen", "cat"], TEMPLATES)
+    with pytest.raises(UserError, match=r"suite\.templates=.*needs a \{\}"):
+        class_features(clip, NAMES, ["a photo of a {}", "a photo"])
+    with pytest.raises(UserError, match=r"names no classes"):
+        class_features(clip, None, TEMPLATES)
+    clip.model = None
+    with pytest.raises(UserError, match=r"no text tower.*model\.text_features"):
+        class_features(clip, NAMES, TEMPLATES)
