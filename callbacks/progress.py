@@ -21,7 +21,7 @@ class ProgressLines(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start counting a pass; a probe inside training stays silent."""
-        if not trainer.training:
+        if trainer.state.fn == "validate":
             self._begin()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -31,7 +31,7 @@ class ProgressLines(L.Callback):
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Count one batch of a pass."""
-        if not trainer.training:
+        if trainer.state.fn == "validate":
             self._tick(trainer, "batches", self.passes.get("batches", 0))
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

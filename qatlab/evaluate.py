@@ -7,50 +7,45 @@ python -m qatlab.evaluate checkpoint=runs/<id> suite=folders suite.root=/data
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qatlab import cli
 from qatlab.config import Config, ObjectiveConfig, QuantConfig, load
-from qatlab.evaluation import View
-from qatlab.report import conclude
-from qatlab.results import Run
-from qatlab.study import Study
+
+if TYPE_CHECKING:
+    from qatlab.results import Run
 
 
 def evaluate(config: Config, recipe: str) -> Run:
     """Return the run whose rows were completed: that of ``checkpoint=``, else one of the unquantized model."""
+    # Torch and all are loaded here: --help, tab completion and a mistake in the options answer at once.
+    from qatlab.evaluation import View
+    from qatlab.report import conclude
+    from qatlab.results import Run
+    from qatlab.study import Study
+
     if config.checkpoint is not None:
-        return _evaluate_run(config, Path(config.checkpoint))
-    config.quant, config.objective, config.fit.steps = QuantConfig(), ObjectiveConfig(), 0
-    with Run(config, recipe) as run:
+        folder = Path(config.checkpoint)
+        stored, recipe = load(folder / "config.yaml")
+        run = Run(stored, recipe, folder)  # before the options change: the id is that of the model as it was trained
+        stored.suite, stored.trainer, stored.callbacks = config.suite, config.trainer, config.callbacks
+        stored.wandb = config.wandb
+        config = stored
+    else:
+        folder = None
+        config.quant, config.objective, config.fit.steps = QuantConfig(), ObjectiveConfig(), 0
+        run = Run(config, recipe)
+    with run:
         run.describe(recipe)
         study = Study(config, run, recipe)
         print(study.plan(), flush=True)
-        refitted = study.refit()
-        study.score([View("fp32", study.module.logit_scale), *([refitted] if refitted else [])], step=0)
-        conclude(study)
-    return run
-
-
-def _evaluate_run(config: Config, folder: Path) -> Run:
-    """Add the suite's rows to the run in ``folder``, under its last stage and its refitted logit scale."""
-    stored, recipe = load(folder / "config.yaml")
-    stored.suite, stored.trainer, stored.callbacks, stored.wandb = (
-        config.suite,
-        config.trainer,
-        config.callbacks,
-        config.wandb,
-    )
-    with Run(stored, recipe, folder) as run:
-        study = Study(stored, run, recipe)
-        print(study.plan(), flush=True)
         if "quantized" in study.stages:
             study.quantize()
-        if stored.fit.steps:
+        if config.fit.steps:
             study.train()
         refitted = study.refit()
-        study.score(
-            [View(study.stages[-1], study.module.logit_scale), *([refitted] if refitted else [])], stored.fit.steps
-        )
+        stage = study.stages[-1] if folder else "fp32"
+        study.score([View(stage, study.module.logit_scale), *([refitted] if refitted else [])], config.fit.steps)
         conclude(study)
     return run
 

@@ -5,16 +5,23 @@ python -m qatlab.fit recipe=light_qat
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qatlab import cli
 from qatlab.config import Config
-from qatlab.evaluation import View
-from qatlab.report import conclude
-from qatlab.results import Run
-from qatlab.study import Study
+
+if TYPE_CHECKING:
+    from qatlab.results import Run
 
 
 def fit(config: Config, recipe: str) -> Run:
     """Return the finished run: every stage computed or read back, its rows, curves and pictures in ``run.folder``."""
+    # Torch and all are loaded here: --help, tab completion and a mistake in the options answer at once.
+    from qatlab.evaluation import View
+    from qatlab.report import conclude
+    from qatlab.results import Run
+    from qatlab.study import Study
+
     with Run(config, recipe) as run:
         run.describe(recipe)
         study = Study(config, run, recipe)

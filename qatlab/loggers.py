@@ -23,11 +23,7 @@ def wandb_mode(mode: str) -> str:
 
     Raises UserError for another word, and for online without such a key.
     """
-    option = "wandb.mode"
-    if mode == "auto" and os.environ.get("WANDB_MODE"):
-        option, mode = "WANDB_MODE", os.environ["WANDB_MODE"]
-    if mode not in MODES:
-        raise UserError(f"{option}={mode} is unknown; there are {', '.join(MODES)}{nearest(mode, MODES)}.")
+    option, mode = _asked_for(mode)
     if mode in ("offline", "disabled"):
         return mode
     try:
@@ -41,11 +37,22 @@ def wandb_mode(mode: str) -> str:
     return "offline" if refusal else "online"
 
 
+def _asked_for(mode: str) -> tuple[str, str]:
+    """Return (where it was said, the mode); raises UserError for an unknown word."""
+    option = "wandb.mode"
+    if mode == "auto" and os.environ.get("WANDB_MODE"):
+        option, mode = "WANDB_MODE", os.environ["WANDB_MODE"]
+    if mode not in MODES:
+        raise UserError(f"{option}={mode} is unknown{nearest(mode, MODES)}; there are {', '.join(MODES)}.")
+    return option, mode
+
+
 def build_loggers(config: Config, run: Run, recipe: str) -> list[Logger]:
     """Return the CSV logger, and W&B's unless it is disabled; nothing is written before the first value."""
     loggers: list[Logger] = [CSVLogger(run.folder, name="curves")]
+    _asked_for(config.wandb.mode)
     if not (config.fit.steps and is_rank_zero()):
-        return loggers
+        return loggers  # no curves: the server is not asked
     if (mode := wandb_mode(config.wandb.mode)) != "disabled":
         # The mode goes into the settings too: WANDB_MODE, which Lightning sets, is read only once per process.
         settings: Any = wandb.Settings(silent=True, mode="offline" if mode == "offline" else "online")

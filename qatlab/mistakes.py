@@ -37,7 +37,8 @@ def explain(error: BaseException, own: Path | None = None) -> str | None:
     if isinstance(error, OverrideParseException):
         return _unreadable(str(error.override))
     text = "\n".join(_messages(error))
-    return _unknown_choice(text, own) or _unknown_option(text, own) or _wrong_value(text) or text.splitlines()[0]
+    known = _unknown_choice(text, own) or _unknown_option(text, own) or _wrong_value(text)
+    return known or f"{text.splitlines()[0].rstrip('.')}."
 
 
 def _messages(error: BaseException | None) -> Iterator[str]:
@@ -60,8 +61,9 @@ def _unknown_choice(text: str, own: Path | None) -> str | None:
     """Return the sentence for group=choice without such a file."""
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         return f"{found.group(1)} names several choices: add -m to run them one after the other."
-    if found := re.search(r"Multiple values for ([\w/]+)", text):
-        return f"{found.group(1)} is given twice; the command line chooses one with {found.group(1)}=<choice>."
+    if found := re.search(r"Multiple values for ([\w/]+)|([\w/]+) appears more than once", text):
+        group = found.group(1) or found.group(2)
+        return f"{group} is given twice; the command line chooses one with {group}=<choice>, without a plus."
     found = re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]*)'", text)
     if not found:
         return None

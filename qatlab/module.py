@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from qatlab.clip import Clip
 from qatlab.config import Config
-from qatlab.errors import UserError
+from qatlab.errors import UserError, nearest
 from qatlab.evaluation import Prediction, Row, Source, View
 from qatlab.objectives import Features, Objective, caption_targets
 from qatlab.quant import Quantizer
@@ -24,6 +24,7 @@ from qatlab.zeroshot import Classes, class_features
 # An image tower that learns from scratch may not sharpen its softmax without bound (Radford et al. 2021 clip at 100; the
 # embedded world needs less).
 MAX_LEARNED_SCALE = 50.0
+SCHEDULES = ("constant", "cosine")
 
 
 class Student(L.LightningModule):
@@ -50,7 +51,7 @@ class Student(L.LightningModule):
         self.scored_views: list[View] = []  # what a pass outside training is reported under
         self.sources: list[Source] = []
         self.classes: dict[str, Classes] = {}
-        self._check_objective()
+        self._check_options()
 
     @property
     def clip(self) -> Clip:
@@ -67,10 +68,14 @@ class Student(L.LightningModule):
         """Return what the pass is reported under; a probe is read at the logit scale of the moment."""
         return [View("probe", self.logit_scale)] if self.scored_step is None else self.scored_views
 
-    def _check_objective(self) -> None:
-        """Raise UserError for an objective whose texts are not there, before anything is trained."""
+    def _check_options(self) -> None:
+        """Raise UserError for an objective whose texts are not there, or no such schedule, before anything is trained."""
         if self.objective is None:
             return
+        if (schedule := self.config.fit.schedule) not in SCHEDULES:
+            raise UserError(
+                f"fit.schedule={schedule} is unknown{nearest(schedule, SCHEDULES)}; there are {', '.join(SCHEDULES)}."
+            )
         texts = self.clip.model is not None
         if "class_cross_entropy" in self.objective and not self.config.fit.from_scratch:
             raise UserError(
@@ -202,7 +207,9 @@ class Student(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _groups(self) -> list[dict[str, Any]]:
-        scales = {p for m in self.visual.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+        quantizers = [module for module in self.visual.modules() if isinstance(module, Quantizer)]
+        # A dict, because a set has another order in every process, and AdamW's state is restored by position.
+        scales = dict.fromkeys(parameter for quantizer in quantizers for parameter in quantizer.parameters())
         trained = self.both_towers if self.both_towers is not None else self.visual
         rest = [p for p in trained.parameters() if p.requires_grad and p not in scales]
         decayed = [p for p in rest if p.ndim >= 2]

@@ -52,9 +52,9 @@ def draw_reliability(study: Any) -> Path | None:
         frame = pl.read_parquet(study.run.folder / "predictions" / f"{stage}.parquet").filter(
             pl.col("dataset") == reference
         )
-        panels.append(
-            (TITLES[stage], frame["confidence"].to_numpy(writable=True), frame["correct"].to_numpy(writable=True))
-        )
+        if len(frame):  # a stage that was scored on another suite only has nothing to show
+            confidence, correct = (frame[name].to_numpy(writable=True) for name in ("confidence", "correct"))
+            panels.append((TITLES[stage], confidence, correct))
     if not panels:
         return None
     path: Path = study.run.folder / "reliability.png"

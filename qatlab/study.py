@@ -69,7 +69,10 @@ class Study:
         scoring = {name: block for name, block in config.callbacks.items() if name != "temperature"}
         self.suite = build_suite(config.suite, self.clip, scoring, cache_text=not config.fit.from_scratch)
         bank = getattr(self.data, "text_bank", None)
-        self.module = Student(config, self.clip, self.clip.visual, load_text_table(bank).features if bank else None)
+        student = self.clip.visual
+        if config.fit.steps and not config.fit.from_scratch:
+            student = copy.deepcopy(student)  # the one in self.clip stays as it is: the teacher
+        self.module = Student(config, self.clip, student, load_text_table(bank).features if bank else None)
         self.module.classes = self.suite.classes
         if config.objective.class_cross_entropy and self.clip.tokenizer:
             template = config.suite.templates[0]
@@ -78,7 +81,7 @@ class Study:
         self.progress: dict[str, int] = {}
         self.trainer = self._trainer()
         self._captioned: Captioned | None = None
-        self._batches: CaptionModule | None = None
+        self._skipped = SkipCounter()
         self.computed = False
 
     # -- what a run consists of --------------------------------------------------------------------------------------
@@ -184,14 +187,16 @@ class Study:
         module = self.module
         module.run_folder, module.scored_step = None, None
         module.facts = self.facts(self.stages[-1])
-        self._batches = self._caption_batches(checkpoint)
+        batches = self._caption_batches(checkpoint)
         with self._interruptible():
             self.trainer.fit(
                 self.module,
-                datamodule=self._batches,
+                datamodule=batches,
                 ckpt_path=checkpoint and str(checkpoint),
                 weights_only=True,
             )
+        # Looped samples are the same on every rank, streamed ones are divided.
+        self._skipped = batches.skipped if self.config.fit.unique_samples else batches.skipped.gathered()
         self._write("model.safetensors", lambda path: save_file(_tensors(trained), path))
         self._state(logit_scale=self.module.logit_scale)
 
@@ -235,9 +240,7 @@ class Study:
     @property
     def skipped(self) -> SkipCounter:
         """Return how many caption samples this process could not read, by reason."""
-        counts = SkipCounter(self._captioned.skipped if self._captioned else {})
-        counts.update(self._batches.skipped if self._batches else {})
-        return counts
+        return self._skipped or SkipCounter(self._captioned.skipped if self._captioned else {})
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ def help_text(program: str, own: Path | None = None, needs_recipe: bool = True) 
         shown = " ".join(f"{option}={_shown(value)}" for option, value in block.items() if option != "_target_")
         parts.append(f"  {title:28} {key}.{{{shown}}}" if shown else f"  {title}")
     parts += ["", "options"]
-    parts += [f"  {name:28} {sentence}" for name, sentence in option_sentences()]
+    parts += [f"  {name:30} {sentence}" for name, sentence in option_sentences()]
     parts += [
         "",
         f"shards are quoted twice: {QUOTED_SHARDS}",

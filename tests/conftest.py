@@ -32,8 +32,6 @@ SMALL = [
     "wandb.mode=disabled",
 ]
 TRAINING = ["fit.steps=2", "fit.batch_size=8", "fit.unique_samples=16"]
-Options = Callable[..., Config]
-Fit = Callable[..., Run]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,26 +52,33 @@ def shared_data() -> Path:
     return folder
 
 
+def options(recipe: str, *overrides: str) -> Config:
+    """The options of a run that takes seconds."""
+    base = [*SMALL, *(TRAINING if recipe not in ("fp32", "ptq") else [])]
+    if recipe == "pretrain_tiny":
+        base = [option for option in base if not option.startswith(("data.samples", "fit.unique"))]
+    # Hydra refuses an option given twice; the later one counts here
+    given = {override.split("=")[0] for override in overrides}
+    return compose(f"recipe={recipe}", *(o for o in base if o.split("=")[0] not in given), *overrides)
+
+
+def run_small(recipe: str, folder: Path, *overrides: str) -> Run:
+    """Such a run, done, below ``folder``."""
+    return fit(options(recipe, f"output={folder}", *overrides), recipe)
+
+
 @pytest.fixture(scope="session")
-def small() -> Options:
-    """``small(recipe, *overrides)``: the options of a run that takes seconds."""
-
-    def options(recipe: str, *overrides: str) -> Config:
-        base = [*SMALL, *(TRAINING if recipe not in ("fp32", "ptq") else [])]
-        if recipe == "pretrain_tiny":
-            base = [option for option in base if not option.startswith(("data.samples", "fit.unique"))]
-        # Hydra refuses an option given twice; the later one counts here
-        given = {override.split("=")[0] for override in overrides}
-        return compose(f"recipe={recipe}", *(o for o in base if o.split("=")[0] not in given), *overrides)
-
+def small() -> Callable[..., Config]:
     return options
 
 
 @pytest.fixture(scope="session")
-def small_fit(small: Options) -> Fit:
-    """``small_fit(recipe, folder, *overrides)``: such a run, done, below ``folder``."""
+def small_fit() -> Callable[..., Run]:
+    return run_small
 
-    def run(recipe: str, folder: Path, *overrides: str) -> Run:
-        return fit(small(recipe, f"output={folder}", *overrides), recipe)
 
-    return run
+@pytest.fixture(scope="session")
+def subprocess_environment() -> dict[str, str]:
+    """What a ``python`` started by a test needs to import this checkout and this file."""
+    path = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}

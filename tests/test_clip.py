@@ -206,7 +206,8 @@ def test_half_precision_becomes_single(original: Any, tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_width_is_refused(original: Any, tmp_path: Path) -> None:
     image = write(original.visual.state_dict(), tmp_path / "image.safetensors")
     with pytest.raises(
-        UserError, match=r"image\.safetensors is no image tower.*first class_embedding \(found \(32,\), expected \(48,\)\)"
+        UserError,
+        match=r"image\.safetensors is no image tower.*first class_embedding \(found \(32,\), expected \(48,\)\)",
     ):
         clips.load(ModelConfig(WIDE, checkpoint=str(image), quick_gelu=True))
     both = write(original.state_dict(), tmp_path / "both.safetensors")

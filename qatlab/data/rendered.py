@@ -16,14 +16,24 @@ from qatlab.data.world import VERSION, render
 from qatlab.errors import UserError
 
 
-def caption_shards(name: str, samples: int, seed: int) -> CaptionShards:
-    """Return the shards of ``samples`` captioned images of the world, written once into the cache.
+class RenderedShards(CaptionShards):
+    """The shards of ``samples`` captioned images of the world, written once into the cache when they are first read.
 
-    They are read by the very code that reads CC3M.
+    They go through the very code that reads CC3M.
     """
-    folder = cache_dir("embedded", f"captions-v{VERSION}-{samples}-{seed}")
-    write_caption_shards(folder, samples, per_shard=500, seed=seed)
-    return CaptionShards(str(folder), name)
+
+    def __init__(self, name: str, samples: int, seed: int) -> None:
+        super().__init__(None, name)
+        self.samples = samples
+        self.seed = seed
+
+    def prepare(self) -> list[str]:
+        """Return the shards, written if the cache lacks them."""
+        if self.shards is None:
+            folder = cache_dir("embedded", f"captions-v{VERSION}-{self.samples}-{self.seed}")
+            write_caption_shards(folder, self.samples, per_shard=500, seed=self.seed)
+            self.shards = str(folder)
+        return super().prepare()
 
 
 class RenderedStream:

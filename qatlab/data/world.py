@@ -114,8 +114,8 @@ def _scene(shape: str, usual: float, chance: float, which: float) -> str:
 def render(specs: Sequence[Spec], *, outline: bool = False) -> NDArray[np.uint8]:
     """Return the images (N, 3, 64, 64) uint8 RGB, each the same in whatever company it is rendered.
 
-    Edges are antialiased from the distance itself (a ramp one pixel wide). ``outline`` draws the shapes as lines that
-    the scene shows through.
+    Edges are antialiased from the distance itself (a ramp one pixel wide). ``outline`` draws the shapes as lines around
+    a faint body that the scene shows through.
     """
     images = backgrounds([spec.scene for spec in specs], np.array([spec.scenery for spec in specs], np.float32))
     for shape in dict.fromkeys(spec.shape for spec in specs):
@@ -169,6 +169,7 @@ def _paint_object(images: Field, specs: Sequence[Spec], outline: bool) -> None:
     pixels = distance(specs[0].shape, x, y) * np.minimum(wide, high) * (SIZE / 2)
     colour = np.array([COLOURS[s.colour] for s in specs], np.float32) + np.array([s.tint for s in specs], np.float32)
     if outline:
+        blend(images, colour, np.clip(np.float32(0.5) - pixels, 0, 1) * np.float32(0.35))
         blend(images, colour * np.float32(0.8), np.clip(np.float32(1.6) - np.abs(pixels), 0, 1))
         return
     shadow = np.clip(np.float32(0.6) - np.roll(pixels, (2, 2), (1, 2)) / 4, 0, 1) * np.float32(0.4)

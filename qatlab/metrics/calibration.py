@@ -35,7 +35,7 @@ def softmax_peak(cosines: Tensor, logit_scale: float) -> Peak:
     top = top.double()
     mass = torch.empty_like(top)
     for rows in blocks(cosines):
-        gaps = cosines[rows].double().sub_(top[rows, None]).mul_(logit_scale)
+        gaps = (cosines[rows].double() - top[rows, None]).mul_(logit_scale)
         torch.sum(gaps.exp_(), dim=1, out=mass[rows])
     return Peak(prediction, top, mass)
 

@@ -1,0 +1,632 @@
+"""The whole run, end to end: what it writes, what it never does twice, and how it goes on after it was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hydra.utils import instantiate
+from open_clip.transformer import VisionTransformer
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+from torch.nn.functional import cross_entropy, kl_div, normalize
+
+from qatlab import clip as clips
+from qatlab.config import Config, compose, recipe_files
+from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet, write_caption_shards
+from qatlab.errors import UserError
+from qatlab.evaluate import evaluate
+from qatlab.fit import fit
+from qatlab.module import Student
+from qatlab.results import Run
+from qatlab.study import quantized_copy
+from qatlab.zeroshot import class_features, encode_text
+
+Options = Callable[..., Config]
+Fit = Callable[..., Run]
+
+STAGES = {"fp32": ["fp32"], "ptq": ["fp32", "quantized"], "pretrain_tiny": ["trained"]}
+ADAPTED = ["fp32", "quantized", "adapted"]
+SCORES = ["msp", "energy", "max_logit", "mcm"]
+# What a row of the suite of conftest is about: (dataset, score)
+ROWS = {("id", "zero_shot"), ("noise", "zero_shot"), *(("near_ood", score) for score in SCORES)}
+KEYS = {
+    *("run_id", "stage", "step", "recipe", "model", "pretrained", "weights", "activation", "method", "weight_bits"),
+    *(
+        "act_bits",
+        "objective",
+        "data",
+        "dataset",
+        "role",
+        "reference",
+        "definition",
+        "score",
+        "prompts",
+        "n",
+        "metrics",
+    ),
+    *("logit_scale", "seed", "config", "versions", "commit"),
+}
+
+
+@dataclass
+class Done:
+    """A finished run and what it printed."""
+
+    run: Run
+    said: str
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.run.rows()
+
+    def of(self, stage: str, dataset: str = "id", score: str = "zero_shot") -> dict[str, Any]:
+        (row,) = [row for row in self.rows if (row["stage"], row["dataset"], row["score"]) == (stage, dataset, score)]
+        return row
+
+
+def listened(work: Callable[..., Run], *arguments: Any) -> Done:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        run = work(*arguments)
+    return Done(run, said.getvalue())
+
+
+@pytest.fixture(scope="module")
+def runs(small_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Done]:
+    """``runs(recipe)``: that recipe's run, computed once for all tests that only look at it."""
+    done: dict[str, Done] = {}
+    folder = tmp_path_factory.mktemp("runs")
+
+    def get(recipe: str) -> Done:
+        if recipe not in done:
+            done[recipe] = listened(small_fit, recipe, folder)
+        return done[recipe]
+
+    return get
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of an image encoder got, the unquantized ones' and the quantized ones'."""
+    found: list[int] = []
+    forward = VisionTransformer.forward
+
+    def counting(self: VisionTransformer, images: torch.Tensor) -> Any:
+        found.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(VisionTransformer, "forward", counting)
+    return found
+
+
+# -- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", recipe_files())
+def test_every_recipe_runs_and_stores_its_rows(runs: Callable[[str], Done], recipe: str) -> None:
+    done = runs(recipe)
+    stages = STAGES.get(recipe, ADAPTED)
+    steps = 0 if recipe in ("fp32", "ptq") else 2
+    rows = done.rows
+    for stage in [*stages, "temperature"]:
+        at = [row for row in rows if row["stage"] == stage]
+        expected = ROWS | {("calibration", "logit_scale_fit")} if stage == "temperature" else ROWS
+        assert {(row["dataset"], row["score"]) for row in at} == expected
+        assert {row["step"] for row in at} == {0 if stage in ("fp32", "quantized") else steps}
+    probes = [row for row in rows if row["stage"] == "probe"]
+    assert {row["step"] for row in probes} == ({1, 2} if steps else set())
+    assert {row["stage"] for row in rows} == {*stages, "temperature", *(["probe"] if steps else [])}
+    assert all(set(row) == KEYS for row in rows)
+    keys = [tuple(row[key] for key in ("run_id", "stage", "step", "dataset", "score", "prompts")) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert all(math.isfinite(value) for row in rows for value in row["metrics"].values())
+    assert {row["n"] for row in rows if row["stage"] not in ("probe",)} == {32}
+    assert {row["run_id"] for row in rows} == {done.run.id}
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "ptq", "light_qat_distill", "pretrain_tiny"])
+def test_a_run_leaves_its_files(runs: Callable[[str], Done], recipe: str) -> None:
+    done, steps = runs(recipe), recipe not in ("fp32", "ptq")
+    folder = done.run.folder
+    assert folder.name == f"{recipe}-{done.run.id}"
+    stages = [*STAGES.get(recipe, ADAPTED), "temperature"]
+    assert {path.stem for path in (folder / "predictions").iterdir()} == set(stages)
+    predictions = pl.read_parquet(folder / "predictions" / f"{stages[-1]}.parquet")
+    assert predictions.group_by("dataset").len().sort("dataset").rows() == [("id", 32), ("near_ood", 32), ("noise", 32)]
+    with Image.open(folder / "reliability.png") as picture:
+        assert picture.width > 300
+    assert "recipe: " + recipe in (folder / "config.yaml").read_text()
+    assert (folder / "layers.csv").exists() == ("quantized" in stages)
+    if "quantized" in stages:
+        layers = pl.read_csv(folder / "layers.csv")
+        assert len(layers) == 16
+        assert layers["weight_sqnr_db"].min() > 20
+    assert (folder / "model.safetensors").exists() == (folder / "metrics.csv").exists() == steps
+    if steps:
+        curves = pl.read_csv(folder / "metrics.csv")
+        assert {"train/loss", "probe/id/zero_shot/top1", "probe/near_ood/msp/auroc"} <= set(curves.columns)
+        assert curves["train/loss"].is_finite().all()
+    for name in ("results.jsonl", "predictions", "reliability.png", *(["metrics.csv", "model.safetensors"] * steps)):
+        assert str(folder / name) in done.said
+
+
+def test_what_was_done_is_said_and_tabled(runs: Callable[[str], Done]) -> None:
+    done = runs("light_qat_distill")
+    first, second, third, *_ = done.said.splitlines()
+    assert first.startswith(f"light_qat_distill {done.run.id}: fp32 -> quantized -> adapted, tiny (tiny, gelu)")
+    assert second.split() == [
+        "scoring:",
+        "96",
+        "images",
+        "fp32",
+        "+",
+        "96",
+        "images",
+        "quantized",
+        "+",
+        "96",
+        "images",
+        "adapted",
+    ]
+    assert third.strip().startswith("training: 2 steps x 8 images of embedded, 16 looped samples, 0.5 contrastive")
+    for title in ("FP32", "quantized", "adapted", "after temperature"):
+        assert title in done.said
+    top1 = f"{100 * done.of('fp32')['metrics']['top1']:.1f}"
+    assert any("top-1 %" in line and line.split("│")[3].strip() == top1 for line in done.said.splitlines())
+
+
+def test_rows_say_what_was_trained_on_what(runs: Callable[[str], Done]) -> None:
+    done = runs("light_qat_distill")
+    found = {stage: done.of(stage) for stage in (*ADAPTED, "temperature")}
+    assert [row["method"] for row in found.values()] == ["fp32", "LSQ+LSQ", "LSQ+LSQ", "LSQ+LSQ"]
+    assert [row["weight_bits"] for row in found.values()] == [None, 8, 8, 8]
+    assert [row["objective"] for row in found.values()] == [None, None, *["0.5 contrastive + 0.5 kl"] * 2]
+    assert [row["data"] for row in found.values()] == [None, *["embedded"] * 3]
+    assert {row["activation"] for row in found.values()} == {"gelu"}
+    assert found["adapted"]["config"]["fit.lr"] == 1e-6
+    assert found["adapted"]["config"]["objective.kl"] == 0.5
+
+
+# -- the numbers -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embedded(done: Done, stage: str, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features, cosines with the class prompts, and labels, from the stored weights and the images alone."""
+    config = done.run.config
+    clip = clips.load(config.model)
+    visual = clip.visual
+    if stage != "fp32":
+        visual = quantized_copy(clip.visual, config.quant).eval()
+        visual.load_state_dict(
+            load_file(done.run.folder / ("quantized.safetensors" if stage == "quantized" else "model.safetensors"))
+        )
+    images, labels = zip(*[EmbeddedSet(kind, 32)[i] for i in range(32)], strict=True)
+    features = normalize(visual(clip.preprocess.normalize(torch.stack(images))), dim=-1)
+    head = class_features(clip, CLASS_NAMES, config.suite.templates)
+    return features, features @ head.features.T, torch.tensor(labels)
+
+
+@pytest.mark.parametrize("stage", ["fp32", "quantized", "adapted", "temperature"])
+def test_the_rows_are_what_a_plain_evaluation_of_the_stored_model_gives(
+    runs: Callable[[str], Done], stage: str
+) -> None:
+    done = runs("light_qat_distill")
+    scale = done.of(stage)["logit_scale"]
+    source = "adapted" if stage == "temperature" else stage
+    (_, inside, labels), (_, outside, _) = (embedded(done, source, kind) for kind in ("id", "near_ood"))
+    logits, other = (scale * cosines.double() for cosines in (inside, outside))
+    row = done.of(stage)["metrics"]
+    assert row["top1"] == pytest.approx(float((inside.argmax(1) == labels).double().mean()))
+    assert row["nll"] == pytest.approx(float(cross_entropy(logits, labels)), rel=1e-5)
+    confidence = float(logits.softmax(1).amax(1).mean())
+    assert row["confidence_gap"] == pytest.approx(confidence - row["top1"], abs=1e-5)
+    truth = np.array([1] * 32 + [0] * 32)
+    for score, values in {
+        "msp": [z.softmax(1).amax(1) for z in (logits, other)],
+        "energy": [z.logsumexp(1) / scale for z in (logits, other)],
+        "max_logit": [z.amax(1) for z in (inside.double(), outside.double())],
+        "mcm": [z.double().softmax(1).amax(1) for z in (inside, outside)],
+    }.items():
+        expected = roc_auc_score(truth, torch.cat(values).numpy())
+        # two of the 1024 pairs may be too close for two ways of computing float32 features
+        assert done.of(stage, "near_ood", score)["metrics"]["auroc"] == pytest.approx(expected, abs=2.1 / 1024)
+
+
+def test_the_temperature_is_the_best_one_for_the_calibration_images(runs: Callable[[str], Done]) -> None:
+    done = runs("light_qat_distill")
+    _, cosines, labels = embedded(done, "adapted", "calibration")
+    row = done.of("temperature", "calibration", "logit_scale_fit")
+    best = row["logit_scale"]
+
+    def nll(scale: float) -> float:
+        return float(cross_entropy(scale * cosines.double(), labels))
+
+    assert row["metrics"]["nll"] == pytest.approx(nll(best), rel=1e-5)
+    assert row["metrics"]["nll_before"] == pytest.approx(nll(done.of("adapted")["logit_scale"]), rel=1e-5)
+    assert nll(best) <= min(nll(best * 1.01), nll(best / 1.01)) or row["metrics"]["at_bound"]
+    assert done.of("temperature")["logit_scale"] == best
+    assert json.loads((done.run.folder / "scales.json").read_text())["logit_scale"] == done.of("adapted")["logit_scale"]
+
+
+def test_a_proxy_temperature_uses_captions_and_no_labels(small_fit: Fit, tmp_path: Path) -> None:
+    done = listened(small_fit, "ptq", tmp_path, "callbacks.temperature.source=proxy", "quant.weight.bits=3")
+    assert {row["stage"] for row in done.rows} == {"fp32", "quantized", "temperature_proxy"}
+    assert "refitting the temperature on 16 images of embedded, no labels" in done.said
+    assert "after temperature (proxy)" in done.said
+    config = done.run.config
+    clip, data = clips.load(config.model), instantiate(config.data)
+    captioned = data.first(16, clip.preprocess)
+    student = quantized_copy(clip.visual, config.quant).eval()
+    student.load_state_dict(load_file(done.run.folder / "quantized.safetensors"))
+    images, texts = clip.preprocess.normalize(captioned.images), encode_text(clip, captioned.captions).double()
+    with torch.no_grad():
+        own, teacher = (normalize(v(images), dim=-1).double() @ texts.T for v in (student, clip.visual))
+    best = done.of("temperature_proxy", "proxy", "logit_scale_fit")
+
+    def divergence(scale: float) -> float:
+        target = (clip.logit_scale * teacher).softmax(1)
+        return float(kl_div((scale * own).log_softmax(1), target, reduction="batchmean"))
+
+    scale = best["logit_scale"]
+    assert divergence(scale) <= min(divergence(scale * 1.01), divergence(scale / 1.01)) or best["metrics"]["at_bound"]
+    assert best["n"] == 16
+
+
+def test_a_refit_can_be_left_out_or_lack_its_images(small: Options, small_fit: Fit, tmp_path: Path) -> None:
+    run = small_fit("fp32", tmp_path, "callbacks.temperature=null")
+    assert {row["stage"] for row in run.rows()} == {"fp32"}
+    with pytest.raises(UserError, match=r"callbacks\.temperature needs a set with role: calibration.*source=proxy"):
+        small_fit("fp32", tmp_path / "without", "~suite.sets.calibration")
+
+
+def test_seeds_repeat_to_the_last_digit(runs: Callable[[str], Done], small_fit: Fit, tmp_path: Path) -> None:
+    once, again = runs("light_qat_distill"), small_fit("light_qat_distill", tmp_path)
+    assert again.rows() == once.rows
+    for name in ("model.safetensors", "quantized.safetensors", "layers.csv"):
+        assert (again.folder / name).read_bytes() == (once.run.folder / name).read_bytes()
+
+
+def test_an_unquantized_student_leaves_its_teacher_alone(small_fit: Fit, tmp_path: Path) -> None:
+    run = small_fit(
+        "fp32", tmp_path, "fit.steps=3", "fit.lr=1e-3", "objective.contrastive=1", "objective.feature_mse=1"
+    )
+    curves = pl.read_csv(run.folder / "metrics.csv")
+    distance = curves["train/feature_mse"].to_list()
+    assert distance[0] == pytest.approx(0, abs=1e-6)
+    assert distance[-1] > 1e-5
+    assert {row["stage"] for row in run.rows()} == {"fp32", "adapted", "probe", "temperature"}
+
+
+# -- nothing twice ---------------------------------------------------------------------------------------------------
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    kept = ("results.jsonl", "scales.json", "model.safetensors", "quantized.safetensors", "layers.csv")
+    return {name: (folder / name).read_bytes() for name in kept if (folder / name).exists()}
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "ptq", "light_qat_distill", "pretrain_tiny"])
+def test_the_same_command_again_computes_nothing(
+    runs: Callable[[str], Done], small_fit: Fit, encoded: list[int], recipe: str
+) -> None:
+    first = runs(recipe)
+    encoded.clear()
+    before = snapshot(first.run.folder)
+    again = listened(small_fit, recipe, first.run.folder.parent)
+    assert encoded == []
+    assert again.run.folder == first.run.folder
+    assert snapshot(first.run.folder) == before
+    assert "nothing left to compute" in again.said
+    assert "was finished before" in again.said.replace("\n", " ")
+    table = first.said[first.said.index("┏") : first.said.index("└")]
+    assert table in again.said
+
+
+def test_a_grown_suite_gets_only_the_new_set_and_its_reference(
+    small: Options, small_fit: Fit, tmp_path: Path, encoded: list[int]
+) -> None:
+    small_fit("ptq", tmp_path, "~suite.sets.noise")
+    encoded.clear()
+    done = listened(small_fit, "ptq", tmp_path)
+    # the new set and its reference, in full precision and quantized (the refit is another reading of the same pass)
+    assert sum(encoded) == 2 * 2 * 32
+    assert "scoring: 64 images fp32 + 64 images quantized" in done.said
+    for stage in ("fp32", "quantized", "temperature"):
+        at = {(row["dataset"], row["score"]) for row in done.rows if row["stage"] == stage}
+        assert at >= ROWS
+        frame = pl.read_parquet(done.run.folder / "predictions" / f"{stage}.parquet")
+        assert frame.group_by("dataset").len().sort("dataset").rows() == [("id", 32), ("near_ood", 32), ("noise", 32)]
+
+
+def test_results_of_other_images_are_not_mistaken_for_these(small_fit: Fit, tmp_path: Path, encoded: list[int]) -> None:
+    small_fit("fp32", tmp_path)
+    encoded.clear()
+    done = listened(small_fit, "fp32", tmp_path, "suite.seed=1")
+    assert sum(encoded) == (3 + 1) * 32
+    assert len([row for row in done.rows if row["stage"] == "fp32" and row["dataset"] == "id"]) == 2
+
+
+# -- stopped and resumed ---------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from conftest import run_small
+from qatlab.module import Student
+
+step = Student.training_step
+
+def killing(self, batch, batch_idx):
+    if self.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+
+Student.training_step = killing
+run_small(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+"""
+LONGER = ["fit.steps=4", "fit.checkpoint_every=2", "fit.lr=1e-4"]
+
+
+@pytest.fixture(scope="module")
+def unstopped(small_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return small_fit("light_qat_lsq_pc", tmp_path_factory.mktemp("unstopped"), *LONGER)
+
+
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """Lightning ignores further Ctrl-C once it was stopped by one; the next tests shall not."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def equal_but_for_the_past(run: Run, other: Run) -> bool:
+    return run.rows() == other.rows() and snapshot(run.folder) == snapshot(other.folder)
+
+
+@pytest.mark.usefixtures("sigint")
+def test_a_run_stopped_in_training_goes_on_from_its_checkpoint(
+    small_fit: Fit, unstopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Student.training_step
+
+    def stopping(self: Student, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            small_fit("light_qat_lsq_pc", tmp_path, *LONGER)
+    done = listened(small_fit, "light_qat_lsq_pc", tmp_path, *LONGER)
+    assert "training on from step=2.ckpt" in done.said
+    assert "fp32: scoring" not in done.said
+    assert "calibrating" not in done.said
+    assert equal_but_for_the_past(done.run, unstopped)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(
+    small_fit: Fit, unstopped: Run, tmp_path: Path, subprocess_environment: dict[str, str]
+) -> None:
+    command = ["light_qat_lsq_pc", str(tmp_path), *LONGER]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=subprocess_environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    (folder,) = tmp_path.iterdir()
+    assert not (folder / "model.safetensors").exists()
+    with (folder / "results.jsonl").open("a") as file:
+        file.write('{"run_id": "half-wri')
+    done = listened(small_fit, "light_qat_lsq_pc", tmp_path, *LONGER)
+    assert "training on from step=2.ckpt" in done.said
+    assert snapshot(folder)["model.safetensors"] == snapshot(unstopped.folder)["model.safetensors"]
+    assert done.rows == unstopped.rows()
+
+
+@pytest.mark.usefixtures("sigint")
+def test_a_run_stopped_while_scoring_repeats_that_pass_alone(
+    small_fit: Fit, runs: Callable[[str], Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = Student.validation_step
+
+    def stopping(self: Student, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        if self.scored_views[0].stage == "quantized" and dataloader_idx == 1:
+            raise KeyboardInterrupt
+        return score(self, batch, batch_idx, dataloader_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "validation_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            small_fit("ptq", tmp_path)
+    done = listened(small_fit, "ptq", tmp_path)
+    assert "fp32: scoring" not in done.said
+    assert done.rows == runs("ptq").rows
+
+
+# -- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def test_an_unquantized_model_scores_as_it_does_in_a_fit(
+    runs: Callable[[str], Done], small: Options, tmp_path: Path
+) -> None:
+    done = listened(evaluate, small("fp32", f"output={tmp_path}"), "evaluate")
+    assert {row["stage"] for row in done.rows} == {"fp32", "temperature"}
+    for row in runs("ptq").rows:
+        if row["stage"] == "fp32":
+            assert done.of("fp32", row["dataset"], row["score"])["metrics"] == row["metrics"]
+    assert not (done.run.folder / "layers.csv").exists()
+
+
+def test_quantization_options_do_not_reach_an_unquantized_model(small: Options, tmp_path: Path) -> None:
+    with_options, without = (
+        evaluate(small(recipe, f"output={tmp_path}", "suite.images=4", "~suite.sets.noise"), "evaluate")
+        for recipe in ("ptq", "fp32")
+    )
+    assert with_options.folder == without.folder
+
+
+@pytest.fixture
+def finished(small_fit: Fit, tmp_path: Path) -> Run:
+    """A run of its own that a test may add rows to."""
+    return small_fit("light_qat_lsq", tmp_path / "finished", "~suite.sets.noise")
+
+
+def checkpoint(small: Options, run: Run, *overrides: str) -> Config:
+    return small("fp32", f"checkpoint={run.folder}", f"output={run.folder.parent}", *overrides)
+
+
+def test_a_finished_run_is_scored_on_more(
+    small: Options, finished: Run, runs: Callable[[str], Done], encoded: list[int]
+) -> None:
+    before = finished.rows()
+    encoded.clear()
+    done = listened(evaluate, checkpoint(small, finished), "evaluate")
+    assert done.run.folder == finished.folder
+    assert done.rows[: len(before)] == before
+    added = done.rows[len(before) :]
+    assert {(row["stage"], row["dataset"]) for row in added} == {("adapted", "noise"), ("temperature", "noise")}
+    assert sum(encoded) == 2 * 32
+    for row in added:
+        expected = runs("light_qat_lsq").of(row["stage"], "noise")
+        assert {**row, "config": None} == {**expected, "config": None}
+    encoded.clear()
+    again = listened(evaluate, checkpoint(small, finished), "evaluate")
+    assert encoded == []
+    assert again.rows == done.rows
+
+
+def test_a_finished_run_is_scored_on_another_suite(small: Options, finished: Run, tmp_path: Path) -> None:
+    for i in range(16):
+        (tmp_path / "shapes" / CLASS_NAMES[i]).mkdir(parents=True)
+        Image.fromarray(EmbeddedSet("id", 16)[i][0].permute(1, 2, 0).numpy()).save(
+            tmp_path / "shapes" / CLASS_NAMES[i] / "0.png"
+        )
+    sets = "{shapes: {path: shapes, role: id}, fit: {path: shapes, role: calibration}}"
+    config = checkpoint(small, finished, "suite.class_names=null")
+    config.suite = compose(
+        "recipe=fp32",
+        "suite=folders",
+        f"suite.root={tmp_path}",
+        f"+suite.sets={sets}",
+        f"suite.class_names=[{','.join(CLASS_NAMES)}]",
+    ).suite
+    done = listened(evaluate, config, "evaluate")
+    assert done.of("adapted", "shapes")["n"] == 16
+    # the very images of another set of the same run
+    known = pl.read_parquet(done.run.folder / "predictions" / "adapted.parquet")
+    one, other = (known.filter(pl.col("dataset") == name).sort("index").head(16) for name in ("id", "shapes"))
+    np.testing.assert_allclose(one["confidence"], other["confidence"], atol=1e-5)
+    assert "reliability.png" in done.said
+
+
+def test_rows_added_at_another_precision_belong_to_the_run(small: Options, finished: Run) -> None:
+    run = evaluate(checkpoint(small, finished, "trainer.precision=bf16-mixed"), "evaluate")
+    assert {row["run_id"] for row in run.rows()} == {finished.id}
+
+
+def test_a_checkpoint_that_is_no_run_is_refused(small: Options, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.yaml is not there: checkpoint= wants the folder of a run"):
+        evaluate(small("fp32", f"checkpoint={tmp_path}"), "evaluate")
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def cc3m(small: Options, recipe: str, output: Path, shards: Any, *overrides: str) -> Config:
+    config = small(recipe, f"output={output}", *overrides)
+    config.data = compose(f"recipe={recipe}", "data=cc3m", "data.name=mine", f"data.shards='{shards}'").data
+    return config
+
+
+@pytest.mark.parametrize("recipe", ["ptq", "light_qat"])
+def test_a_missing_shard_ends_the_run_before_anything_is_scored(
+    small: Options, tmp_path: Path, encoded: list[int], recipe: str
+) -> None:
+    write_caption_shards(tmp_path / "shards", 20, per_shard=10)
+    config = cc3m(small, recipe, tmp_path / "runs", f"{tmp_path}/shards/{{00000..00002}}.tar")
+    with pytest.raises(UserError, match=r"00002\.tar does not exist \(1 of 3 local shards are missing\)"):
+        fit(config, recipe)
+    assert encoded == []
+    assert not list(tmp_path.rglob("results.jsonl"))
+
+
+def test_a_corrupt_image_is_replaced_and_counted(small: Options, tmp_path: Path) -> None:
+    (shard,) = write_caption_shards(tmp_path / "shards", 40)
+    with tarfile.open(shard, "r") as clean, tarfile.open(tmp_path / "damaged.tar", "w") as damaged:
+        for member in clean.getmembers():
+            content = clean.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name == "000003.jpg":
+                content = content[:60]
+            member.size = len(content)
+            damaged.addfile(member, io.BytesIO(content))
+    config = cc3m(small, "light_qat", tmp_path / "runs", tmp_path / "damaged.tar", "fit.unique_samples=20")
+    done = listened(fit, config, "light_qat")
+    assert "corrupt image" in done.said
+    assert "skipped samples (" in done.said
+    assert {row["data"] for row in done.rows if row["stage"] == "adapted"} == {"mine"}
+
+
+# -- options that reach the quantizers -------------------------------------------------------------------------------
+
+
+def test_rules_patch_convolution_and_projection_reach_the_model(
+    small_fit: Fit, tmp_path: Path, encoded: list[int]
+) -> None:
+    overrides = [
+        "+quant.rules={transformer.resblocks.0.*: null, *.c_proj: {weight: {bits: 4}, act: null}}",
+        "quant.patch_conv=true",
+        "quant.final_proj=true",
+    ]
+    done = listened(small_fit, "light_qat_lsq", tmp_path, *overrides)
+    layers = pl.read_csv(done.run.folder / "layers.csv")
+    assert len(layers) == 12 + 2
+    assert {"conv1", "proj"} <= set(layers["layer"])
+    assert not any(name.startswith("transformer.resblocks.0.") for name in layers["layer"])
+    bits = {row["layer"]: (row["weight_bits"], row["act_bits"]) for row in layers.iter_rows(named=True)}
+    assert bits["transformer.resblocks.1.mlp.c_proj"] == (4, None)
+    assert bits["transformer.resblocks.1.mlp.c_fc"] == bits["conv1"] == bits["proj"] == (8, 8)
+    encoded.clear()
+    again = listened(small_fit, "light_qat_lsq", tmp_path, *overrides)
+    assert encoded == []
+    assert again.rows == done.rows
+
+
+def test_a_rule_that_matches_nothing_is_refused(small_fit: Fit, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"quant\.rules has the pattern 'block\.\*', which matches no layer"):
+        small_fit("ptq", tmp_path, "+quant.rules={block.*: null}")
+
+
+# -- curves ----------------------------------------------------------------------------------------------------------
+
+
+def test_curves_go_to_an_offline_wandb_run_that_is_named(
+    small_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE")
+    try:
+        done = listened(small_fit, "light_qat", tmp_path, "wandb.mode=offline")
+    finally:
+        wandb.finish()
+    (offline,) = (done.run.folder / "wandb").glob("offline-run-*")
+    assert list(offline.glob("*.wandb"))
+    said = done.said.replace("\n", " ")
+    assert str(offline) in said
+    assert f"wandb sync {offline}" in said
