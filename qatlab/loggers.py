@@ -56,18 +56,17 @@ def build_loggers(config: Config, run: Run, recipe: str) -> list[Logger]:
     if (mode := wandb_mode(config.wandb.mode)) != "disabled":
         # The mode goes into the settings too: WANDB_MODE, which Lightning sets, is read only once per process.
         settings: Any = wandb.Settings(silent=True, mode="offline" if mode == "offline" else "online")
-        loggers.append(
-            WandbLogger(
-                name=f"{recipe}-{run.id}",
-                id=run.id,
-                project=config.wandb.project,
-                entity=config.wandb.entity,
-                save_dir=run.folder,
-                offline=mode == "offline",
-                resume="allow",
-                settings=settings,
-            )
+        logger = WandbLogger(
+            name=f"{recipe}-{run.id}",
+            id=run.id,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            save_dir=run.folder,
+            offline=mode == "offline",
+            settings=settings,
         )
+        logger._wandb_init.pop("anonymous", None)  # wandb warns about it even when it is None
+        loggers.append(logger)
     return loggers
 
 

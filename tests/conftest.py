@@ -82,3 +82,9 @@ def subprocess_environment() -> dict[str, str]:
     """What a ``python`` started by a test needs to import this checkout and this file."""
     path = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+
+@pytest.fixture(scope="session")
+def small_options() -> list[str]:
+    """The overrides that make a run small, for a command line."""
+    return list(SMALL)

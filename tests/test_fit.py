@@ -304,11 +304,9 @@ def test_seeds_repeat_to_the_last_digit(runs: Callable[[str], Done], small_fit: 
 
 
 def test_an_unquantized_student_leaves_its_teacher_alone(small_fit: Fit, tmp_path: Path) -> None:
-    run = small_fit(
-        "fp32", tmp_path, "fit.steps=3", "fit.lr=1e-3", "objective.contrastive=1", "objective.feature_mse=1"
-    )
-    curves = pl.read_csv(run.folder / "metrics.csv")
-    distance = curves["train/feature_mse"].to_list()
+    objective = ["objective.contrastive=1", "objective.feature_mse=1"]
+    run = small_fit("fp32", tmp_path, *objective, "fit.steps=3", "fit.lr=1e-3", "fit.batch_size=8")
+    distance = pl.read_csv(run.folder / "metrics.csv")["train/feature_mse"].drop_nulls().to_list()
     assert distance[0] == pytest.approx(0, abs=1e-6)
     assert distance[-1] > 1e-5
     assert {row["stage"] for row in run.rows()} == {"fp32", "adapted", "probe", "temperature"}
@@ -385,8 +383,20 @@ LONGER = ["fit.steps=4", "fit.checkpoint_every=2", "fit.lr=1e-4"]
 
 
 @pytest.fixture(scope="module")
-def unstopped(small_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return small_fit("light_qat_lsq_pc", tmp_path_factory.mktemp("unstopped"), *LONGER)
+def unstopped_run(small_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return listened(small_fit, "light_qat_lsq_pc", tmp_path_factory.mktemp("unstopped"), *LONGER)
+
+
+@pytest.fixture
+def unstopped(unstopped_run: Done) -> Run:
+    return unstopped_run.run
+
+
+def test_the_time_left_is_told_of_passes_and_training_alone(unstopped_run: Done) -> None:
+    """The probes inside training, of two batches each, are no steps."""
+    lines = unstopped_run.said.splitlines()
+    told = [line.split(",")[0].strip() for line in lines if line.endswith("s left")]
+    assert told == ["3/3 batches", "3/3 batches", "3/4 steps", "3/3 batches"]
 
 
 @pytest.fixture
@@ -530,7 +540,7 @@ def test_a_finished_run_is_scored_on_another_suite(small: Options, finished: Run
     assert done.of("adapted", "shapes")["n"] == 16
     # the very images of another set of the same run
     known = pl.read_parquet(done.run.folder / "predictions" / "adapted.parquet")
-    one, other = (known.filter(pl.col("dataset") == name).sort("index").head(16) for name in ("id", "shapes"))
+    one, other = (known.filter(dataset=name).filter(pl.col("index") < 16).sort("label") for name in ("id", "shapes"))
     np.testing.assert_allclose(one["confidence"], other["confidence"], atol=1e-5)
     assert "reliability.png" in done.said
 

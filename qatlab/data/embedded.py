@@ -1,4 +1,4 @@
-"""The embedded world as data: evaluation sets, caption shards, and the stream that the tiny CLIP was trained on."""
+"""The embedded world as data: evaluation sets, caption shards, and the lessons that the tiny CLIP was trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
 from qatlab.cache import atomic
 from qatlab.data import world
@@ -25,7 +25,8 @@ from qatlab.data.vocabulary import TEMPLATES, caption
 from qatlab.errors import UserError, nearest
 
 CLASS_NAMES = world.SHAPES
-__all__ = ["CLASS_NAMES", "KINDS", "TEMPLATES", "EmbeddedSet", "EmbeddedStream", "write_caption_shards"]
+EASY, BIASED = 0.25, 0.16  # parts of pretraining
+__all__ = ["CLASS_NAMES", "KINDS", "TEMPLATES", "EmbeddedSet", "lesson", "write_caption_shards"]
 
 Images = NDArray[np.uint8]
 Picture = Callable[[Sequence[world.Spec], int, Sequence[int]], Images]
@@ -176,41 +177,13 @@ def _samples(indices: range, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-class EmbeddedStream(IterableDataset[dict[str, Any]]):
-    """The pretraining images in order: dicts of ``images`` uint8 (3, 64, 64), ``caption`` and ``label``.
+def lesson(index: int, total: int, seed: int) -> world.Spec:
+    """Return what pretraining image ``index`` of ``total`` shows, a pure function of its arguments.
 
-    Sample i is a pure function of (seed, i, total); with ``batch_size`` equal to the loader's, a DataLoader gives the
-    same batches with any number of workers. The lessons: in the first ``easy`` part plain shapes on flat backgrounds;
-    then the whole world, every scene alike; in the last ``biased`` part the usual scene nine times in ten, which plants
-    the spurious cue that the usual/unusual pair measures. ``start`` skips samples.
+    The first EASY part are plain shapes on flat backgrounds; then the whole world, every scene alike; in the last
+    BIASED part the usual scene comes nine times in ten, which plants the spurious cue that the usual/unusual pair
+    measures.
     """
-
-    def __init__(
-        self,
-        total: int,
-        batch_size: int,
-        seed: int = 0,
-        start: int = 0,
-        easy: float = 0.25,
-        biased: float = 0.16,
-    ) -> None:
-        self.total, self.batch_size, self.seed, self.start = total, batch_size, seed, start
-        self.easy, self.biased = easy, biased
-
-    def __len__(self) -> int:
-        return self.total - self.start
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        # A DataLoader takes one batch from each worker in turn, so worker w renders batches w, w + W, w + 2W, ...
-        worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        for first in range(self.start + number * self.batch_size, self.total, count * self.batch_size):
-            specs = [self.spec(i) for i in range(first, min(first + self.batch_size, self.total))]
-            for spec, image in zip(specs, torch.from_numpy(world.render(specs)), strict=True):
-                yield {"images": image, "caption": caption(spec), "label": CLASS_NAMES.index(spec.shape)}
-
-    def spec(self, index: int) -> world.Spec:
-        """Return what sample ``index`` shows."""
-        part = index / self.total
-        usual = 0.9 if part >= 1 - self.biased else 1 / len(world.SCENE_NAMES)
-        return world.draw(self.seed, "train", index, usual=usual, first_lesson=part < self.easy)
+    part = index / total
+    usual = 0.9 if part >= 1 - BIASED else 1 / len(world.SCENE_NAMES)
+    return world.draw(seed, "train", index, usual=usual, first_lesson=part < EASY)

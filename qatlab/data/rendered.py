@@ -9,7 +9,7 @@ from torch.utils.data import get_worker_info
 
 from qatlab.cache import cache_dir
 from qatlab.data.captions import Captioned, CaptionShards, Pair
-from qatlab.data.embedded import CLASS_NAMES, EmbeddedStream, write_caption_shards
+from qatlab.data.embedded import CLASS_NAMES, lesson, write_caption_shards
 from qatlab.data.transforms import Preprocess
 from qatlab.data.vocabulary import caption
 from qatlab.data.world import VERSION, render
@@ -65,10 +65,8 @@ class RenderedStream:
         """Yield this rank's and loader process's pairs, from batch ``start_step`` on."""
         info = get_worker_info()
         number, count = (info.id, info.num_workers) if info else (0, 1)
-        total = self.steps * self.batch_size
-        lessons = EmbeddedStream(total, self.batch_size, seed)
         for step in range(start_step + number, self.steps, count):
-            first = step * self.batch_size
-            specs = [lessons.spec(i) for i in range(first + rank, first + self.batch_size, world)]
-            for spec, image in zip(specs, torch.from_numpy(render(specs)), strict=True):
-                yield Pair(image, caption(spec), f"{self.name}/{step}", {}, CLASS_NAMES.index(spec.shape))
+            mine = range(step * self.batch_size + rank, (step + 1) * self.batch_size, world)
+            specs = [lesson(i, self.steps * self.batch_size, seed) for i in mine]
+            for i, spec, image in zip(mine, specs, torch.from_numpy(render(specs)), strict=True):
+                yield Pair(image, caption(spec), f"{i:09d}", {}, CLASS_NAMES.index(spec.shape))

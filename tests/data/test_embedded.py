@@ -11,9 +11,10 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from qatlab.data import world
-from qatlab.data.embedded import CLASS_NAMES, KINDS, EmbeddedSet, EmbeddedStream, write_caption_shards
-from qatlab.data.vocabulary import caption
+from qatlab.data import CaptionModule, Preprocess, world
+from qatlab.data.embedded import BIASED, CLASS_NAMES, KINDS, EmbeddedSet, lesson, write_caption_shards
+from qatlab.data.rendered import RenderedStream
+from qatlab.data.vocabulary import caption, tokenize
 from qatlab.errors import UserError
 
 
@@ -57,9 +58,8 @@ def test_labels_name_what_is_shown() -> None:
 
 
 def test_splits_are_disjoint() -> None:
-    stream = EmbeddedStream(256, 64)
     taken = [images("id", 96), images("calibration", 96), images("near_ood", 96)]
-    taken.append(torch.from_numpy(world.render([stream.spec(i) for i in range(160, 256)])))
+    taken.append(torch.from_numpy(world.render([lesson(i, 256, 0) for i in range(160, 256)])))
     taken.append(torch.from_numpy(world.render([world.draw(0, "captions", i) for i in range(96)])))
     distinct = {image.numpy().tobytes() for group in taken for image in group}
     assert len(distinct) == sum(len(group) for group in taken)
@@ -107,31 +107,40 @@ def test_unknown_kind_is_named() -> None:
         EmbeddedSet("id", 10)[10]
 
 
+def rendered(workers: int, start: int = 0) -> list[dict]:
+    data = RenderedStream("embedded_stream", steps=4, batch_size=16)
+    preprocess = Preprocess(64, (0.5,) * 3, (0.25,) * 3)
+    return list(CaptionModule(data, preprocess, tokenize, 16, None, workers, 5, 4, start).train_dataloader())
+
+
 def test_stream_is_the_same_with_any_number_of_workers() -> None:
-    batches = [
-        list(DataLoader(EmbeddedStream(88, 16, seed=5), batch_size=16, num_workers=workers)) for workers in (0, 2)
-    ]
-    assert [len(b["caption"]) for b in batches[0]] == [16] * 5 + [8]
-    for alone, shared in zip(*batches, strict=True):
-        assert torch.equal(alone["images"], shared["images"])
-        assert torch.equal(alone["label"], shared["label"])
-        assert alone["caption"] == shared["caption"]
-    rest = next(iter(DataLoader(EmbeddedStream(88, 16, seed=5, start=32), batch_size=16)))
-    assert torch.equal(rest["images"], batches[0][2]["images"])
+    alone, shared = rendered(0), rendered(2)
+    assert [len(batch["captions"]) for batch in alone] == [16] * 4
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one["images"], other["images"])
+        assert torch.equal(one["labels"], other["labels"])
+        assert torch.equal(one["tokens"], other["tokens"])
+        assert one["captions"] == other["captions"]
+    assert torch.equal(rendered(0, start=2)[0]["images"], alone[2]["images"])
+    specs = [lesson(i, 64, 5) for i in range(64)]
+    assert [caption(spec) for spec in specs] == [text for batch in alone for text in batch["captions"]]
+    assert [CLASS_NAMES.index(spec.shape) for spec in specs] == torch.cat([b["labels"] for b in alone]).tolist()
 
 
-def test_stream_follows_its_lessons() -> None:
-    stream = EmbeddedStream(4000, 100, seed=1)
-    specs = [stream.spec(i) for i in range(4000)]
+def test_stream_is_divided_among_ranks() -> None:
+    data = RenderedStream("embedded_stream", steps=2, batch_size=6)
+    keys = [[pair.key for pair in data.stream(None, 5, rank, 2)] for rank in (0, 1)]  # type: ignore[arg-type]
+    assert keys == [[f"{i:09d}" for i in range(first, 12, 2)] for first in (0, 1)]
+
+
+def test_lessons_follow_the_curriculum() -> None:
+    specs = [lesson(i, 4000, 1) for i in range(4000)]
     usual = np.array([spec.scene == world.usual_scene(spec.shape) for spec in specs])
     assert all(spec.scene == world.FLAT and spec.texture == "plain" for spec in specs[:1000])
     assert not any(spec.scene == world.FLAT for spec in specs[1000:])
-    last = round(4000 * (1 - stream.biased))
+    last = round(4000 * (1 - BIASED))
     assert usual[1000:last].mean() == pytest.approx(1 / 8, abs=0.03)
     assert usual[last:].mean() == pytest.approx(0.9, abs=0.05)
-    sample = next(iter(stream))
-    assert sample["caption"] == caption(specs[0])
-    assert CLASS_NAMES[sample["label"]] == specs[0].shape
 
 
 def test_shards_are_read_by_webdataset(tmp_path: Path) -> None:

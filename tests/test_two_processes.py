@@ -1,0 +1,93 @@
+"""The same numbers, to the last bit, on one process and on two that share the images unevenly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from qatlab.config import Config
+from qatlab.results import read_rows, run_id
+
+Options = Callable[..., Config]
+Command = Callable[..., tuple[Path, str]]
+
+
+@pytest.fixture(scope="module")
+def command(subprocess_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """``command(module, devices, *options)``: the command line on so many processes; its run folder and what it said."""
+
+    def run(module: str, devices: int, *overrides: str) -> tuple[Path, str]:
+        output = tmp_path_factory.mktemp("output")
+        line = [sys.executable, "-m", f"qatlab.{module}", f"output={output}", f"trainer.devices={devices}", *overrides]
+        # two threads each on a machine of two cores would only fight
+        environment = {**subprocess_environment, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, env=environment, cwd=output, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+        (folder,) = (path for path in output.iterdir() if path.is_dir() and (path / "results.jsonl").exists())
+        return folder, done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def evaluated(command: Command, small_options: list[str]) -> dict[int, tuple[Path, str]]:
+    return {devices: command("evaluate", devices, *small_options, "suite.images=33") for devices in (1, 2)}
+
+
+def numbers(folder: Path) -> dict[tuple[Any, ...], Any]:
+    return {
+        tuple(row[key] for key in ("stage", "step", "dataset", "score")): (row["metrics"], row["n"], row["logit_scale"])
+        for row in read_rows(folder / "results.jsonl")
+    }
+
+
+def test_every_metric_is_equal_to_the_last_bit(evaluated: dict[int, tuple[Path, str]]) -> None:
+    one, two = (numbers(evaluated[devices][0]) for devices in (1, 2))
+    assert len(one) == 13
+    assert {n for _, n, _ in one.values()} == {33}
+    assert two == one
+
+
+def test_so_is_every_image(evaluated: dict[int, tuple[Path, str]]) -> None:
+    for stage in ("fp32", "temperature"):
+        one, two = (pl.read_parquet(evaluated[n][0] / "predictions" / f"{stage}.parquet") for n in (1, 2))
+        assert len(one) == 3 * 33
+        assert two.equals(one)
+
+
+def test_two_processes_speak_once(evaluated: dict[int, tuple[Path, str]]) -> None:
+    for _, said in evaluated.values():
+        assert said.count("fp32: scoring 99 images") == 1
+        assert said.count("after temperature") == 1
+        assert said.count("nothing left") + said.count("evaluate ") <= 2
+
+
+def test_two_processes_train_one_run(command: Command, small_options: list[str], small: Options) -> None:
+    options = [*small_options, "fit.steps=2", "fit.batch_size=8", "fit.unique_samples=16"]
+    folder, said = command("fit", 2, "recipe=light_qat_lsq", *options)
+    config = small("light_qat_lsq", f"output={folder.parent}")
+    assert folder.name == f"light_qat_lsq-{run_id(config)}"
+    rows = read_rows(folder / "results.jsonl")
+    assert {row["run_id"] for row in rows} == {run_id(config)}
+    assert {row["stage"] for row in rows} == {"fp32", "quantized", "adapted", "temperature", "probe"}
+    assert len(numbers(folder)) == len(rows)
+    assert said.count("training: 2 steps x 8 images") == 1
+    assert (folder / "model.safetensors").exists()
+
+
+def test_two_processes_with_other_options_find_out() -> None:
+    """Rank 1 of a group that was started with another command names both runs and stops."""
+    from types import SimpleNamespace
+
+    from qatlab.callbacks import Results
+    from qatlab.errors import UserError
+
+    trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda _: "11111111"), global_rank=1)
+    with pytest.raises(UserError, match=r"rank 1 is run 22222222, rank 0 is run 11111111"):
+        Results(SimpleNamespace(id="22222222")).setup(trainer, None, "validate")  # type: ignore[arg-type]
