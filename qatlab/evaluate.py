@@ -38,7 +38,8 @@ def evaluate(config: Config, recipe: str) -> Run:
     with run:
         run.describe(recipe)
         study = Study(config, run, recipe)
-        print(study.plan(), flush=True)
+        if study.trainer.is_global_zero:
+            print(study.plan(), flush=True)
         if "quantized" in study.stages:
             study.quantize()
         if config.fit.steps:

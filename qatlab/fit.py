@@ -25,7 +25,8 @@ def fit(config: Config, recipe: str) -> Run:
     with Run(config, recipe) as run:
         run.describe(recipe)
         study = Study(config, run, recipe)
-        print(study.plan(), flush=True)
+        if study.trainer.is_global_zero:
+            print(study.plan(), flush=True)
         last = study.stages[-1]
 
         if "fp32" in study.stages and last != "fp32":

@@ -98,9 +98,17 @@ def _quantized(
     outputs, inputs = layer.weight.shape[:2]
     return kind(
         layer,
-        make_weight(channels=outputs, batched=False) if make_weight else None,
-        make_act(channels=inputs, batched=True) if make_act else None,
+        _made("weight", make_weight, channels=outputs, batched=False) if make_weight else None,
+        _made("act", make_act, channels=inputs, batched=True) if make_act else None,
     )
+
+
+def _made(slot: str, factory: Factory, *, channels: int, batched: bool) -> Quantizer:
+    """A quantizer of a slot; what is wrong with its options is told with the slot's name."""
+    try:
+        return factory(channels=channels, batched=batched)
+    except UserError as error:
+        raise UserError(f"quant.{slot}: {error}") from error
 
 
 def _sites(module: nn.Module, prefix: str, patch_conv: bool) -> Iterator[_Site]:
