@@ -98,12 +98,12 @@ def _quantized(
     outputs, inputs = layer.weight.shape[:2]
     return kind(
         layer,
-        _made("weight", make_weight, channels=outputs, batched=False) if make_weight else None,
-        _made("act", make_act, channels=inputs, batched=True) if make_act else None,
+        _built("weight", make_weight, channels=outputs, batched=False) if make_weight else None,
+        _built("act", make_act, channels=inputs, batched=True) if make_act else None,
     )
 
 
-def _made(slot: str, factory: Factory, *, channels: int, batched: bool) -> Quantizer:
+def _built(slot: str, factory: Factory, *, channels: int, batched: bool) -> Quantizer:
     """A quantizer of a slot; what is wrong with its options is told with the slot's name."""
     try:
         return factory(channels=channels, batched=batched)
