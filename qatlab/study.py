@@ -78,6 +78,8 @@ class Study:
             template = config.suite.templates[0]
             self.module.class_tokens = self.clip.tokenizer([template.format(name) for name in CLASS_NAMES])
         self.callbacks = {name: instantiate(block) for name, block in config.callbacks.items() if block}
+        # Built before anything is scored: a rule or bit-width that does not fit ends the run here.
+        self.student = quantized_copy(self.clip.visual, config.quant) if is_quantized(config.quant) else None
         self.progress: dict[str, int] = {}
         self.trainer = self._trainer()
         self._captioned: Captioned | None = None
@@ -155,7 +157,8 @@ class Study:
 
     def quantize(self) -> None:
         """Put the quantized copy in place, its scales calibrated or read back; writes layers.csv and checks every quantizer."""
-        student = quantized_copy(self.clip.visual, self.config.quant)
+        student = self.student
+        assert student is not None
         stored = self.run.folder / "quantized.safetensors"
         if stored.exists():
             student.load_state_dict(load_file(stored))
