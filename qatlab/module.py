@@ -159,6 +159,11 @@ class Student(L.LightningModule):
         classes = None
         if "class_cross_entropy" in self.objective:
             assert self.class_tokens is not None
+            if "labels" not in batch:
+                raise UserError(
+                    "objective.class_cross_entropy needs labelled training images, which this data= has not; use "
+                    "data=embedded_stream or give another objective a weight."
+                )
             classes = self._text_features(self.class_tokens.to(self.device))
         bank = captions if self.bank is None else self.bank.to(self.device)
         return Features(student, scale, teacher, captions, bank, classes, batch.get("labels"), same)

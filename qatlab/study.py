@@ -61,6 +61,11 @@ class Study:
     def __init__(self, config: Config, run: Run, recipe: str) -> None:
         quiet()
         L.seed_everything(config.seed, verbose=False)
+        if config.fit.from_scratch and is_quantized(config.quant):
+            raise UserError(
+                "fit.from_scratch=true trains both towers in full precision: set quant/weight=null and quant/act=null, "
+                "and quantize what comes out in a run of its own."
+            )
         self.config, self.run, self.recipe = config, run, recipe
         self.clip = clips.load(config.model, config.fit.from_scratch)
         self.data = instantiate(config.data)
@@ -68,6 +73,8 @@ class Study:
             self.data.prepare()  # a missing shard ends the run here, not after the scoring
         scoring = {name: block for name, block in config.callbacks.items() if name != "temperature"}
         self.suite = build_suite(config.suite, self.clip, scoring, cache_text=not config.fit.from_scratch)
+        probing = config.fit.steps and config.fit.eval_every and not (run.folder / "model.safetensors").exists()
+        self.probe = self.suite.probe(config.suite.probe_sets, config.suite.probe_images) if probing else None
         bank = getattr(self.data, "text_bank", None)
         student = self.clip.visual
         if config.fit.steps and not config.fit.from_scratch:
@@ -279,12 +286,10 @@ class Study:
         )
 
     def _probe_loaders(self) -> list[Any]:
-        config = self.config
-        if not config.fit.eval_every:
+        if self.probe is None:
             return []
-        probe = self.suite.probe(config.suite.probe_sets, config.suite.probe_images)
-        self.module.sources = [entry.source for entry in probe.sets]
-        return self._loaders(probe)
+        self.module.sources = [entry.source for entry in self.probe.sets]
+        return self._loaders(self.probe)
 
     def _trainer(self) -> L.Trainer:
         config, fit, where = self.config, self.config.fit, self.config.trainer

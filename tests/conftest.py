@@ -7,22 +7,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from qatlab.config import Config, compose
+from qatlab.config import Config, compose, recipe_files
 from qatlab.fit import fit
 from qatlab.results import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+SETS = OmegaConf.load(recipe_files("suite")["embedded"]).sets
 # One process, four small sets, two steps: about three seconds.
 SMALL = [
     "trainer.accelerator=cpu",
     "suite.images=32",
-    "~suite.sets.fog",
-    "~suite.sets.gray",
-    "~suite.sets.blur",
-    "~suite.sets.usual",
-    "~suite.sets.unusual",
-    "~suite.sets.far_ood",
+    *(f"~suite.sets.{name}" for name in SETS if name not in ("id", "calibration", "near_ood", "noise")),
     "suite.probe_sets=[id,near_ood]",
     "suite.probe_images=16",
     "quant.calibration_images=16",

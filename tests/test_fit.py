@@ -22,12 +22,13 @@ import torch
 from hydra.utils import instantiate
 from open_clip.transformer import VisionTransformer
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import cross_entropy, kl_div, normalize
 
 from qatlab import clip as clips
-from qatlab.config import Config, compose, recipe_files
+from qatlab.config import Config, ModelConfig, compose, recipe_files
+from qatlab.data import TextTable, save_text_table
 from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet, write_caption_shards
 from qatlab.errors import UserError
 from qatlab.evaluate import evaluate
@@ -592,6 +593,59 @@ def test_a_corrupt_image_is_replaced_and_counted(small: Options, tmp_path: Path)
     assert {row["data"] for row in done.rows if row["stage"] == "adapted"} == {"mine"}
 
 
+def test_an_image_tower_learns_from_a_bank_of_texts(
+    small: Options, runs: Callable[[str], Done], tmp_path: Path
+) -> None:
+    """No text tower anywhere: class embeddings for the suite, other texts for the objective and the refit."""
+    clip = clips.load(ModelConfig())
+    save_file(clip.visual.state_dict(), tmp_path / "image.safetensors")
+    texts = ["a small circle", "a star in the sky", "a red square"]
+    tables = {
+        "classes": TextTable(class_features(clip, CLASS_NAMES, ["a photo of a {}"]).features, CLASS_NAMES, ""),
+        "bank": TextTable(encode_text(clip, texts), texts, ""),
+    }
+    save_text_table(tmp_path / "texts.safetensors", tables)
+    write_caption_shards(tmp_path / "shards", 40)
+    config = cc3m(small, "light_qat_distill", tmp_path / "runs", tmp_path / "shards", "objective.contrastive=0")
+    config.model.checkpoint = str(tmp_path / "image.safetensors")
+    config.model.text_features = f"{tmp_path}/texts.safetensors:classes"
+    config.data["text_bank"] = f"{tmp_path}/texts.safetensors:bank"
+    config.callbacks["temperature"]["source"] = "proxy"
+    done = listened(fit, config, "light_qat_distill")
+    for score in ("max_logit", "mcm"):  # the ones that do not depend on the logit scale, which nothing tells here
+        with_both = runs("light_qat_distill").of("fp32", "near_ood", score)["metrics"]["auroc"]
+        assert done.of("fp32", "near_ood", score)["metrics"]["auroc"] == pytest.approx(with_both, abs=2.1 / 1024)
+    assert done.of("adapted")["objective"] == "0.5 kl"
+    assert done.of("adapted")["prompts"] == "texts.safetensors:classes"
+    assert done.of("fp32")["logit_scale"] == 100
+    assert done.of("temperature_proxy", "proxy", "logit_scale_fit")["n"] == 16
+    config.objective.contrastive = 0.5
+    with pytest.raises(UserError, match=r"objective\.contrastive needs a text tower"):
+        fit(config, "light_qat_distill")
+
+
+# -- what cannot be run is told before anything is scored -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("light_qat", ["suite.probe_sets=[id,near]"], r"suite\.probe_sets names 'near'.*did you mean 'near_ood'"),
+        ("light_qat", ["fit.schedule=cosin"], r"fit\.schedule=cosin is unknown"),
+        ("light_qat", ["objective.contrastive=0"], r"no objective: give one of objective\.contrastive"),
+        ("pretrain_tiny", ["quant/weight=minmax"], r"fit\.from_scratch=true trains both towers in full precision"),
+        ("pretrain_tiny", ["data=embedded"], r"objective\.class_cross_entropy needs labelled training images"),
+        ("ptq", ["+quant.rules={block.*: null}"], r"quant\.rules has the pattern 'block\.\*', which matches no layer"),
+    ],
+)
+def test_a_mistake_ends_the_run_before_anything_is_scored(
+    small_fit: Fit, tmp_path: Path, recipe: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        small_fit(recipe, tmp_path, *overrides)
+    assert not list(tmp_path.rglob("results.jsonl"))
+
+
 # -- options that reach the quantizers -------------------------------------------------------------------------------
 
 
@@ -615,11 +669,6 @@ def test_rules_patch_convolution_and_projection_reach_the_model(
     again = listened(small_fit, "light_qat_lsq", tmp_path, *overrides)
     assert encoded == []
     assert again.rows == done.rows
-
-
-def test_a_rule_that_matches_nothing_is_refused(small_fit: Fit, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"quant\.rules has the pattern 'block\.\*', which matches no layer"):
-        small_fit("ptq", tmp_path, "+quant.rules={block.*: null}")
 
 
 # -- curves ----------------------------------------------------------------------------------------------------------
