@@ -20,8 +20,11 @@ SEEDS = (0, 1, 2)
 IMAGES = 256
 SETS = OmegaConf.load(recipe_files("suite")["embedded"]).sets
 FEW_SETS = [f"~suite.sets.{name}" for name in SETS if name not in ("id", "calibration")]
-# 100 steps on fresh images, distilled from the unquantized encoder on the batch's captions
-QAT = ["objective.contrastive=0", "objective.kl=1", "fit.lr=1e-4", "fit.unique_samples=2000"]
+# 100 steps of 100 images, distilled from the unquantized encoder on the batch's captions
+QAT = [
+    *("objective.contrastive=0", "objective.kl=1", "fit.unique_samples=2000"),
+    *("fit.lr=1e-4", "fit.schedule=cosine", "fit.warmup=10", "optim.scale_lr=5e-3"),
+]
 Metrics = dict[tuple[int, str, str, str], dict[str, float]]
 
 
