@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,26 +13,26 @@ import lightning as L
 import polars as pl
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qatlab import clip as clips
 from qatlab.cache import atomic
-from qatlab.callbacks import ProgressLines, Results, Temperature
+from qatlab.callbacks import Temperature
 from qatlab.config import Config, QuantConfig
 from qatlab.data import Captioned, CaptionModule, SkipCounter, load_text_table
 from qatlab.data.embedded import CLASS_NAMES
 from qatlab.data.suites import Suite, build_suite
 from qatlab.errors import UserError
 from qatlab.evaluation import View
-from qatlab.loggers import build_loggers
 from qatlab.module import Student
 from qatlab.objectives import teacher_probabilities
 from qatlab.quant import calibrate, layer_report, quantize, verify
 from qatlab.results import Run
+from qatlab.trainer import build_trainer, quiet
 from qatlab.zeroshot import encode_text
 
+QUANTIZED, TRAINED = "quantized.safetensors", "model.safetensors"
 REPORT_IMAGES = 16  # images that layers.csv and the count of distinct values are measured on
 
 
@@ -69,27 +66,32 @@ class Study:
         self.config, self.run, self.recipe = config, run, recipe
         self.clip = clips.load(config.model, config.fit.from_scratch)
         self.data = instantiate(config.data)
+        self._captioned: Captioned | None = None
+        # What is missing from the data ends the run here, not after the scoring.
         if is_quantized(config.quant) or config.fit.steps:
-            self.data.prepare()  # a missing shard ends the run here, not after the scoring
+            self.data.prepare()
+        if is_quantized(config.quant) and not (run.folder / QUANTIZED).exists():
+            self.captioned()
         scoring = {name: block for name, block in config.callbacks.items() if name != "temperature"}
+        scoring["precision"] = config.trainer.precision
         self.suite = build_suite(config.suite, self.clip, scoring, cache_text=not config.fit.from_scratch)
-        probing = config.fit.steps and config.fit.eval_every and not (run.folder / "model.safetensors").exists()
+        probing = config.fit.steps and config.fit.eval_every and not (run.folder / TRAINED).exists()
         self.probe = self.suite.probe(config.suite.probe_sets, config.suite.probe_images) if probing else None
         bank = getattr(self.data, "text_bank", None)
-        student = self.clip.visual
-        if config.fit.steps and not config.fit.from_scratch:
-            student = copy.deepcopy(student)  # the one in self.clip stays as it is: the teacher
-        self.module = Student(config, self.clip, student, load_text_table(bank).features if bank else None)
+        # Built before anything is scored: a rule or bit-width that does not fit ends the run here.
+        self.student = quantized_copy(self.clip.visual, config.quant) if is_quantized(config.quant) else None
+        visual = self.clip.visual
+        if config.fit.steps and not config.fit.from_scratch and self.student is None:
+            visual = copy.deepcopy(visual)  # the one in self.clip stays as it is: the teacher
+        self.module = Student(config, self.clip, visual, load_text_table(bank).features if bank else None)
         self.module.classes = self.suite.classes
         if config.objective.class_cross_entropy and self.clip.tokenizer:
             template = config.suite.templates[0]
             self.module.class_tokens = self.clip.tokenizer([template.format(name) for name in CLASS_NAMES])
         self.callbacks = {name: instantiate(block) for name, block in config.callbacks.items() if block}
-        # Built before anything is scored: a rule or bit-width that does not fit ends the run here.
-        self.student = quantized_copy(self.clip.visual, config.quant) if is_quantized(config.quant) else None
         self.progress: dict[str, int] = {}
-        self.trainer = self._trainer()
-        self._captioned: Captioned | None = None
+        evaluations = [callback for callback in self.callbacks.values() if isinstance(callback, L.Callback)]
+        self.trainer = build_trainer(config, run, recipe, evaluations, self.progress)
         self._skipped = SkipCounter()
         self.computed = False
 
@@ -134,7 +136,7 @@ class Study:
         left = {stage: self.suite.missing(self.run.done(stage)).images for stage in self.stages}
         if any(left.values()):
             lines.append(f"  scoring: {' + '.join(f'{n} images {stage}' for stage, n in left.items() if n)}")
-        if fit.steps and not (self.run.folder / "model.safetensors").exists():
+        if fit.steps and not (self.run.folder / TRAINED).exists():
             unique = f"{fit.unique_samples} looped samples" if fit.unique_samples else "streamed samples"
             lines.append(
                 f"  training: {fit.steps} steps x {fit.batch_size} images of {self.data.name}, {unique}, {self.module.objective}"
@@ -166,7 +168,7 @@ class Study:
         """Put the quantized copy in place, its scales calibrated or read back; writes layers.csv and checks every quantizer."""
         student = self.student
         assert student is not None
-        stored = self.run.folder / "quantized.safetensors"
+        stored = self.run.folder / QUANTIZED
         if stored.exists():
             student.load_state_dict(load_file(stored))
         else:
@@ -178,12 +180,12 @@ class Study:
             report = layer_report(student, few)
             verify(student, few)
             self._write("layers.csv", lambda path: pl.DataFrame(report, infer_schema_length=None).write_csv(path))
-            self._write("quantized.safetensors", lambda path: save_file(_tensors(student), path))
+            self._write(QUANTIZED, lambda path: save_file(_tensors(student), path))
         self.module.visual = student
 
     def train(self) -> None:
         """Train the student, or read back what an earlier process trained; resumes from its last checkpoint."""
-        stored = self.run.folder / "model.safetensors"
+        stored = self.run.folder / TRAINED
         trained = self.clip.model if self.config.fit.from_scratch else self.module.visual
         assert trained is not None
         if stored.exists():
@@ -207,7 +209,7 @@ class Study:
             )
         # Looped samples are the same on every rank, streamed ones are divided.
         self._skipped = batches.skipped if self.config.fit.unique_samples else batches.skipped.gathered()
-        self._write("model.safetensors", lambda path: save_file(_tensors(trained), path))
+        self._write(TRAINED, lambda path: save_file(_tensors(trained), path))
         self._state(logit_scale=self.module.logit_scale)
 
     def refit(self) -> View | None:
@@ -266,7 +268,12 @@ class Study:
     def captioned(self) -> Captioned:
         """Return the first caption samples: what calibration sees."""
         if self._captioned is None:
-            self._captioned = self.data.first(self.config.quant.calibration_images, self.clip.preprocess)
+            images = self.config.quant.calibration_images
+            if images < 1:
+                raise UserError(
+                    f"quant.calibration_images={images}: activation scales need at least one image (64 is usual)."
+                )
+            self._captioned = self.data.first(images, self.clip.preprocess)
         return self._captioned
 
     def _caption_batches(self, checkpoint: Path | None) -> CaptionModule:
@@ -290,38 +297,6 @@ class Study:
             return []
         self.module.sources = [entry.source for entry in self.probe.sets]
         return self._loaders(self.probe)
-
-    def _trainer(self) -> L.Trainer:
-        config, fit, where = self.config, self.config.fit, self.config.trainer
-        evaluations = [c for c in self.callbacks.values() if isinstance(c, L.Callback)]
-        terminal = sys.stderr.isatty()
-        return L.Trainer(
-            accelerator=where.accelerator,
-            devices=where.devices,
-            num_nodes=where.num_nodes,
-            precision=where.precision,  # type: ignore[arg-type]
-            strategy=where.strategy,
-            max_steps=fit.steps,
-            val_check_interval=fit.eval_every or None,
-            check_val_every_n_epoch=None,
-            gradient_clip_val=fit.grad_clip,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            logger=build_loggers(config, self.run, self.recipe),
-            callbacks=[
-                *evaluations,
-                Results(self.run),
-                ModelCheckpoint(
-                    self.run.folder / "checkpoints", filename="{step}", every_n_train_steps=fit.checkpoint_every, save_top_k=1,
-                ),
-                RichProgressBar(leave=True) if terminal else ProgressLines(self.progress),
-            ],
-            enable_progress_bar=terminal,
-            enable_model_summary=False,
-            use_distributed_sampler=False,  # the loaders already divide the images: no image twice
-            inference_mode=False,  # folded weights outlive a pass
-            default_root_dir=self.run.folder,
-        )  # fmt: skip
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -354,11 +329,3 @@ class Study:
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-
-
-def quiet() -> None:
-    """Silence what libraries say on every start and no user of qatlab can act on."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
-    warnings.filterwarnings("ignore", message=".*lightning.*")

@@ -1,0 +1,66 @@
+"""The one Lightning trainer of a run: it embeds suites and trains, with the run's callbacks and loggers."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+
+from qatlab.callbacks import ProgressLines, Results
+from qatlab.config import Config
+from qatlab.errors import UserError
+from qatlab.loggers import build_loggers
+from qatlab.results import Run
+
+
+def build_trainer(
+    config: Config, run: Run, recipe: str, evaluations: list[L.Callback], progress: dict[str, int]
+) -> L.Trainer:
+    """Return the trainer; ``progress`` is told the batches of each pass, for lines where there is no terminal for a bar.
+
+    Raises UserError for trainer options that this machine cannot meet.
+    """
+    fit, where = config.fit, config.trainer
+    terminal = sys.stdout.isatty()
+    checkpoints = run.folder / "checkpoints"
+    try:
+        return L.Trainer(
+            accelerator=where.accelerator,
+            devices=where.devices,
+            num_nodes=where.num_nodes,
+            precision=where.precision,  # type: ignore[arg-type]
+            strategy=where.strategy,
+            max_steps=fit.steps,
+            val_check_interval=fit.eval_every or None,
+            check_val_every_n_epoch=None,
+            gradient_clip_val=fit.grad_clip,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            logger=build_loggers(config, run, recipe),
+            callbacks=[
+                *evaluations,
+                Results(run),
+                ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=fit.checkpoint_every, save_top_k=1),
+                RichProgressBar(leave=True) if terminal else ProgressLines(progress),
+            ],
+            enable_progress_bar=terminal,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the loaders already divide the images: no image twice
+            inference_mode=False,  # folded weights outlive a pass
+            default_root_dir=run.folder,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        asked = ", ".join(f"trainer.{name}={value}" for name, value in vars(where).items())
+        raise UserError(f"{asked} cannot be met here: {str(error).split(chr(10))[0].strip()}") from error
+
+
+def quiet() -> None:
+    """Silence what libraries say on every start and no user of qatlab can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", message=".*lightning.*")
