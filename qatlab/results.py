@@ -150,13 +150,15 @@ class Run:
         """Add rows that are not there yet (by run, stage, step, dataset, score and prompts), in one write, on rank zero."""
         if not is_rank_zero():
             return
-        seen = {_key(row) for row in self.rows()}
         common = self._common()
         new = {_key(row): row for row in ({"run_id": self.id, **row, **common} for row in rows)}
-        text = "".join(json.dumps(row) + "\n" for key, row in new.items() if key not in seen)
         with self.results.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed: what is looked at next stays true
+            seen = {_key(row) for row in self.rows()}
+            text = "".join(json.dumps(row) + "\n" for key, row in new.items() if key not in seen)
             # A line that a killed process left half-written is closed first, so that it spoils no row but itself.
-            if file.tell() and not self.results.read_bytes().endswith(b"\n"):
+            stored = self.results.read_bytes()
+            if stored and not stored.endswith(b"\n"):
                 text = "\n" + text
             file.write(text.encode())
             file.flush()
