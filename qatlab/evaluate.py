@@ -38,6 +38,8 @@ def evaluate(config: Config, recipe: str) -> Run:
     with run:
         run.describe(recipe)
         study = Study(config, run, recipe)
+        if folder:
+            study.require_finished()
         if study.trainer.is_global_zero:
             print(study.plan(), flush=True)
         if "quantized" in study.stages:

@@ -60,15 +60,15 @@ class Study:
         L.seed_everything(config.seed, verbose=False)
         if config.fit.from_scratch and is_quantized(config.quant):
             raise UserError(
-                "fit.from_scratch=true trains both towers in full precision: set quant/weight=null and quant/act=null, "
+                "fit.from_scratch=true trains both towers in full precision: set quant.weight=null and quant.act=null, "
                 "and quantize what comes out in a run of its own."
             )
         self.config, self.run, self.recipe = config, run, recipe
         self.clip = clips.load(config.model, config.fit.from_scratch)
         self.data = instantiate(config.data)
         self._captioned: Captioned | None = None
-        # What is missing from the data ends the run here, not after the scoring.
-        if is_quantized(config.quant) or config.fit.steps:
+        # What is missing from the data ends the run here, not after the scoring; a finished run needs none of it.
+        if config.fit.steps and not (run.folder / TRAINED).exists():
             self.data.prepare()
         if is_quantized(config.quant) and not (run.folder / QUANTIZED).exists():
             self.captioned()
@@ -90,6 +90,7 @@ class Study:
             self.module.class_tokens = self.clip.tokenizer([template.format(name) for name in CLASS_NAMES])
         self.callbacks = {name: instantiate(block) for name, block in config.callbacks.items() if block}
         self.progress: dict[str, int] = {}
+        self._check_refit()
         evaluations = [callback for callback in self.callbacks.values() if isinstance(callback, L.Callback)]
         self.trainer = build_trainer(config, run, recipe, evaluations, self.progress)
         self._skipped = SkipCounter()
@@ -111,6 +112,21 @@ class Study:
     def temperature(self) -> Temperature | None:
         """Return the callback that refits the logit scale, if the run has one."""
         return next((c for c in self.callbacks.values() if isinstance(c, Temperature)), None)
+
+    def _check_refit(self) -> None:
+        """Raise UserError for a refit whose images or texts are not there, before anything is trained."""
+        if self.temperature is None:
+            return
+        if self.temperature.source == "calibration" and not self.suite.only(roles={"calibration"}).sets:
+            raise UserError(
+                "callbacks.temperature needs a set with role: calibration in the suite; add one, or set "
+                "callbacks.temperature.source=proxy or callbacks.temperature=null."
+            )
+        if self.temperature.source == "proxy" and self.clip.model is None and self.module.bank is None:
+            raise UserError(
+                "callbacks.temperature.source=proxy needs texts, and there is no text tower: give "
+                "data.text_bank=FILE.safetensors:TABLE, or set callbacks.temperature=null."
+            )
 
     def facts(self, stage: str) -> dict[str, Any]:
         """Return what every row of ``stage`` says besides its numbers."""
@@ -142,6 +158,16 @@ class Study:
                 f"  training: {fit.steps} steps x {fit.batch_size} images of {self.data.name}, {unique}, {self.module.objective}"
             )
         return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing left to compute"])
+
+    def require_finished(self) -> None:
+        """Raise UserError when the run folder lacks a model that its options promise: scoring is not where one is made."""
+        needed = {QUANTIZED: is_quantized(self.config.quant), TRAINED: self.config.fit.steps > 0}
+        for name, wanted in needed.items():
+            if wanted and not (self.run.folder / name).exists():
+                raise UserError(
+                    f"{self.run.folder} has no {name}: the run is not finished. Give its own command again, "
+                    "`python -m qatlab.fit recipe=...`, and it goes on from where it stopped."
+                )
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -209,8 +235,9 @@ class Study:
             )
         # Looped samples are the same on every rank, streamed ones are divided.
         self._skipped = batches.skipped if self.config.fit.unique_samples else batches.skipped.gathered()
-        self._write(TRAINED, lambda path: save_file(_tensors(trained), path))
+        # The weights come last: once they are there the stage counts as finished.
         self._state(logit_scale=self.module.logit_scale)
+        self._write(TRAINED, lambda path: save_file(_tensors(trained), path))
 
     def refit(self) -> View | None:
         """Return the view of the refitted logit scale, fitted or read back; None when the run has no refit."""
@@ -233,11 +260,6 @@ class Study:
         current = self.module.logit_scale
         if temperature.source == "calibration":
             split = self.suite.only(roles={"calibration"})
-            if not split.sets:
-                raise UserError(
-                    "callbacks.temperature needs a set with role: calibration in the suite; add one, or set "
-                    "callbacks.temperature.source=proxy or callbacks.temperature=null."
-                )
             self._say(f"refitting the temperature on {split.images} calibration images")
             self._pass(split, [View(self.stages[-1], current)], self.config.fit.steps, folder=None)
             return temperature.fit(current)

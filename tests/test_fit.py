@@ -556,6 +556,13 @@ def test_a_checkpoint_that_is_no_run_is_refused(small: Options, tmp_path: Path) 
         evaluate(small("fp32", f"checkpoint={tmp_path}"), "evaluate")
 
 
+def test_an_unfinished_run_is_not_finished_by_scoring_it(small: Options, finished: Run, tmp_path: Path) -> None:
+    for name in ("config.yaml", "quantized.safetensors"):
+        (tmp_path / name).write_bytes((finished.folder / name).read_bytes())
+    with pytest.raises(UserError, match=r"has no model\.safetensors: the run is not finished"):
+        evaluate(small("fp32", f"checkpoint={tmp_path}"), "evaluate")
+
+
 # -- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -631,6 +638,7 @@ def test_an_image_tower_learns_from_a_bank_of_texts(
     ("recipe", "overrides", "message"),
     [
         ("light_qat", ["suite.probe_sets=[id,near]"], r"suite\.probe_sets names 'near'.*did you mean 'near_ood'"),
+        ("light_qat", ["~suite.sets.calibration"], r"callbacks\.temperature needs a set with role: calibration"),
         ("light_qat", ["fit.schedule=cosin"], r"fit\.schedule=cosin is unknown"),
         ("light_qat", ["objective.contrastive=0"], r"no objective: give one of objective\.contrastive"),
         ("pretrain_tiny", ["quant/weight=minmax"], r"fit\.from_scratch=true trains both towers in full precision"),
