@@ -268,7 +268,27 @@ def as_config(composed: DictConfig) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
     assert isinstance(config, Config)
     _refuse_unknown(config)
+    _refuse_too_small(composed)
     return config
+
+
+_SMALLEST = {
+    "fit.steps": 0,
+    "fit.batch_size": 1,
+    "fit.eval_every": 0,
+    "fit.checkpoint_every": 1,
+    "fit.workers": 0,
+    "suite.images": 1,
+    "suite.probe_images": 1,
+    "suite.batch_size": 1,
+}
+
+
+def _refuse_too_small(composed: DictConfig) -> None:
+    """Raise UserError for a count below the least that has a meaning."""
+    for key, least in _SMALLEST.items():
+        if (value := OmegaConf.select(composed, key)) is not None and value < least:
+            raise UserError(f"{key}={value}: it takes a whole number from {least} on.")
 
 
 def _refuse_unknown(options: Any, prefix: str = "") -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qatlab import cli
-from qatlab.config import Config, ObjectiveConfig, QuantConfig, load
+from qatlab.config import Config, FitConfig, ObjectiveConfig, OptimConfig, QuantConfig, load
 
 if TYPE_CHECKING:
     from qatlab.results import Run
@@ -33,7 +33,9 @@ def evaluate(config: Config, recipe: str) -> Run:
         config = stored
     else:
         folder = None
-        config.quant, config.objective, config.fit.steps = QuantConfig(), ObjectiveConfig(), 0
+        # Nothing of how a model would be quantized or trained reaches the one that is scored as it is.
+        config.quant, config.objective, config.optim = QuantConfig(), ObjectiveConfig(), OptimConfig()
+        config.fit = FitConfig(workers=config.fit.workers)
         run = Run(config, recipe)
     with run:
         run.describe(recipe)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qatlab import cli
 from qatlab.config import Config
+from qatlab.errors import UserError
 
 if TYPE_CHECKING:
     from qatlab.results import Run
@@ -22,6 +23,11 @@ def fit(config: Config, recipe: str) -> Run:
     from qatlab.results import Run
     from qatlab.study import Study
 
+    if config.checkpoint is not None:
+        raise UserError(
+            f"checkpoint={config.checkpoint} names a run to score, with qatlab.evaluate; weights to start from are "
+            "model.checkpoint=."
+        )
     with Run(config, recipe) as run:
         run.describe(recipe)
         study = Study(config, run, recipe)

@@ -121,6 +121,8 @@ MISTAKES = {
     f"{LIGHT} fit.steps=many": ["fit.steps=many: it takes a whole number"],
     f"{LIGHT} fit.steps=null": ["fit.steps=null: it takes a whole number"],
     f"{LIGHT} fit.steps=": ["fit.steps=: it takes a whole number"],
+    f"{LIGHT} fit.steps=-1": ["fit.steps=-1: it takes a whole number from 0 on"],
+    f"{LIGHT} suite.batch_size=0": ["suite.batch_size=0: it takes a whole number from 1 on"],
     f"{LIGHT} seed=1.5": ["seed=1.5: it takes a whole number"],
     f"{LIGHT} fit.lr=slow": ["fit.lr=slow: it takes a number"],
     f"{LIGHT} force=maybe": ["force=maybe: it takes true or false"],

@@ -484,12 +484,13 @@ def test_an_unquantized_model_scores_as_it_does_in_a_fit(
     assert not (done.run.folder / "layers.csv").exists()
 
 
-def test_quantization_options_do_not_reach_an_unquantized_model(small: Options, tmp_path: Path) -> None:
-    with_options, without = (
+def test_quantization_and_training_options_do_not_reach_an_unquantized_model(small: Options, tmp_path: Path) -> None:
+    with_options, without, from_scratch = (
         evaluate(small(recipe, f"output={tmp_path}", "suite.images=4", "~suite.sets.noise"), "evaluate")
-        for recipe in ("ptq", "fp32")
+        for recipe in ("light_qat", "fp32", "pretrain_tiny")
     )
     assert with_options.folder == without.folder
+    assert from_scratch.rows()[0]["pretrained"] == "tiny"
 
 
 @pytest.fixture
@@ -638,6 +639,7 @@ def test_an_image_tower_learns_from_a_bank_of_texts(
     ("recipe", "overrides", "message"),
     [
         ("light_qat", ["suite.probe_sets=[id,near]"], r"suite\.probe_sets names 'near'.*did you mean 'near_ood'"),
+        ("fp32", ["checkpoint=runs/mine"], r"checkpoint=runs/mine names a run to score, with qatlab\.evaluate"),
         ("light_qat", ["~suite.sets.calibration"], r"callbacks\.temperature needs a set with role: calibration"),
         ("light_qat", ["fit.schedule=cosin"], r"fit\.schedule=cosin is unknown"),
         ("light_qat", ["objective.contrastive=0"], r"no objective: give one of objective\.contrastive"),
