@@ -153,7 +153,7 @@ class TrainerConfig:
     """Where it runs: passed to lightning.Trainer."""
 
     accelerator: str = "auto"
-    """cpu | gpu | auto."""
+    """cpu | gpu | auto (CUDA where there is one, else the CPU)."""
     devices: int = 1
     """Devices per node."""
     num_nodes: int = 1

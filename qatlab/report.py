@@ -14,14 +14,17 @@ from qatlab.table import TITLES, results_table
 
 
 def conclude(study: Any) -> None:
-    """Print the table of all stored rows and the paths of what was written; draw the reliability diagram, on rank zero."""
+    """Print the table of the suite's stored rows and the paths of what was written; draw the reliability diagram, on rank zero."""
     if not study.trainer.is_global_zero:
         return
     terminal = Console().is_terminal
     run, console = study.run, Console(width=None if terminal else 160, soft_wrap=not terminal)
     if not study.computed:
         console.print(f"{run.folder} was finished before: its stored results (force=true computes them anew)")
-    console.print(results_table(run.rows(), f"{study.recipe} {run.id}"))
+    # Rows of other images under the same names may lie there too: what was asked for is this suite.
+    asked = {(entry.source.name, entry.source.definition) for entry in study.suite.sets}
+    rows = [row for row in run.rows() if (row["dataset"], row["definition"]) in asked]
+    console.print(results_table(rows, f"{study.recipe} {run.id}"))
     reliability = draw_reliability(study)
     curves = merge_curves(run.folder)
     skipped = study.skipped

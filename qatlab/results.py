@@ -147,7 +147,7 @@ class Run:
         return {(row["dataset"], row["definition"]) for row in self.rows() if row["stage"] == stage}
 
     def append(self, rows: list[Row]) -> None:
-        """Add rows that are not there yet (by run, stage, step, dataset, score and prompts), in one write, on rank zero."""
+        """Add rows that are not there yet (by ``_KEY``), in one write, on rank zero."""
         if not is_rank_zero():
             return
         common = self._common()

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
@@ -29,7 +30,7 @@ def build_trainer(
     checkpoints = run.folder / "checkpoints"
     try:
         return L.Trainer(
-            accelerator=where.accelerator,
+            accelerator=_accelerator(where.accelerator),
             devices=where.devices,
             num_nodes=where.num_nodes,
             precision=where.precision,  # type: ignore[arg-type]
@@ -56,6 +57,13 @@ def build_trainer(
     except (MisconfigurationException, ValueError) as error:
         asked = ", ".join(f"trainer.{name}={value}" for name, value in vars(where).items())
         raise UserError(f"{asked} cannot be met here: {str(error).split(chr(10))[0].strip()}") from error
+
+
+def _accelerator(asked: str) -> str:
+    """Return what ``auto`` stands for: CUDA, else the CPU; Apple's GPUs have no float64, which the scores are computed in."""
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def quiet() -> None:

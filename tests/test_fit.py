@@ -360,6 +360,9 @@ def test_results_of_other_images_are_not_mistaken_for_these(small_fit: Fit, tmp_
     done = listened(small_fit, "fp32", tmp_path, "suite.seed=1")
     assert sum(encoded) == (3 + 1) * 32
     assert len([row for row in done.rows if row["stage"] == "fp32" and row["dataset"] == "id"]) == 2
+    first, again = (listened(small_fit, "fp32", tmp_path, *options).said for options in ([], ["suite.seed=1"]))
+    table, other = (said.split("rows  ")[0] for said in (first, again))
+    assert table != other  # each shows its own images' numbers, whichever were stored last
 
 
 # -- stopped and resumed ---------------------------------------------------------------------------------------------
