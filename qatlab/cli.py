@@ -38,6 +38,8 @@ def main(task: Task, needs_recipe: bool = True) -> None:
             print(help_text(program, own, needs_recipe))
             return
         _check(arguments, own, needs_recipe, program)
+        # argparse takes overrides in one row only: `a=1 --config-dir my b=2` would be refused.
+        sys.argv[1:] = sorted(arguments, key=_is_override)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
         mistakes: list[BaseException] = []
         hydra.main(config_path=None, config_name="qatlab", version_base="1.3")(_job(task, mistakes))()
@@ -52,6 +54,10 @@ def main(task: Task, needs_recipe: bool = True) -> None:
     except KeyboardInterrupt:
         print("qatlab: interrupted; what is finished is kept, the same command goes on from there.", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith(("~", "+")))
 
 
 def config_dir(arguments: list[str]) -> Path | None:

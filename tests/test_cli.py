@@ -205,7 +205,7 @@ def test_an_own_recipe_and_an_own_choice_run(command, own):
     folder = own("recipe/mine.yaml", GLOBAL + text)
     own("quant/weight/mine4.yaml", "_target_: qatlab.quant.LSQ\nbits: 4\n")
     own("suite/birds.yaml", "sets: {birds: {path: birds, role: id}}\n")
-    outcome = command(folder, "recipe=mine", "suite=birds")
+    outcome = command("recipe=mine", *folder.split("="), "suite=birds")  # the option may stand between the choices
     assert (outcome.code, outcome.err) == (0, "")
     [(recipe, config)] = outcome.calls
     assert (recipe, config.fit.steps, config.fit.batch_size) == ("mine", 3, 100)
