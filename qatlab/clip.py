@@ -59,7 +59,7 @@ def load(config: ModelConfig, from_scratch: bool = False) -> Clip:
         path = config.checkpoint or (_tiny_weights() if config.name == "tiny" else _download(config))
         both_towers = _load_weights(model, Path(path))
     model.eval()
-    table = load_text_table(config.text_features) if config.text_features else None
+    table = text_table_for(model.visual, config.text_features) if config.text_features else None
     facts = {
         "model": config.name,
         "pretrained": "random"
@@ -70,6 +70,18 @@ def load(config: ModelConfig, from_scratch: bool = False) -> Clip:
     }
     scale = float(model.logit_scale.detach().exp()) if both_towers else DEFAULT_LOGIT_SCALE
     return Clip(model.visual, model if both_towers else None, tokenizer, preprocess, scale, table, facts)
+
+
+def text_table_for(visual: nn.Module, spec: str) -> TextTable:
+    """Return the table that ``spec`` names; raises UserError when its texts are not of the width of the tower's features."""
+    table = load_text_table(spec)
+    width = getattr(visual, "output_dim", None)  # timm's towers do not tell
+    if width is not None and table.features.shape[1] != width:
+        raise UserError(
+            f"the texts of {spec} have {table.features.shape[1]} dimensions, the images {width}: give the table that was made "
+            "with this model's text tower."
+        )
+    return table
 
 
 def activation(visual: nn.Module) -> str:

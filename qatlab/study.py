@@ -20,7 +20,7 @@ from qatlab import clip as clips
 from qatlab.cache import atomic
 from qatlab.callbacks import Temperature
 from qatlab.config import Config, QuantConfig
-from qatlab.data import Captioned, CaptionModule, SkipCounter, load_text_table
+from qatlab.data import Captioned, CaptionModule, SkipCounter
 from qatlab.data.embedded import CLASS_NAMES
 from qatlab.data.suites import Suite, build_suite
 from qatlab.errors import UserError
@@ -83,7 +83,9 @@ class Study:
         visual = self.clip.visual
         if config.fit.steps and not config.fit.from_scratch and self.student is None:
             visual = copy.deepcopy(visual)  # the one in self.clip stays as it is: the teacher
-        self.module = Student(config, self.clip, visual, load_text_table(bank).features if bank else None)
+        self.module = Student(
+            config, self.clip, visual, clips.text_table_for(self.clip.visual, bank).features if bank else None
+        )
         self.module.classes = self.suite.classes
         if config.objective.class_cross_entropy and self.clip.tokenizer:
             template = config.suite.templates[0]

@@ -297,6 +297,12 @@ def test_a_table_stands_in_for_the_text_tower(original: Any, tmp_path: Path) -> 
         class_features(clips.load(small(image)), ["cat"], ["a photo of a {}"])
 
 
+def test_a_table_of_another_width_is_refused(tmp_path: Path) -> None:
+    save_text_table(tmp_path / "t.safetensors", {"birds": TextTable(torch.eye(3, 512), ["a", "b", "c"], "")})
+    with pytest.raises(UserError, match=r"t\.safetensors:birds have 512 dimensions, the images 64"):
+        clips.load(ModelConfig(text_features=f"{tmp_path}/t.safetensors:birds"))
+
+
 def test_the_embedded_clip_loads_with_its_own_preprocessing() -> None:
     loaded = clips.load(ModelConfig())
     assert loaded.facts == {"model": "tiny", "pretrained": "tiny", "weights": None, "activation": "gelu"}
