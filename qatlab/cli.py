@@ -19,8 +19,8 @@ from yaml import YAMLError
 
 from qatlab.blocks import check_blocks
 from qatlab.config import GROUPS, Config, as_config
-from qatlab.errors import UserError
-from qatlab.mistakes import QUOTED_SHARDS, explain
+from qatlab.errors import QUOTED_SHARDS, UserError
+from qatlab.mistakes import explain
 from qatlab.usage import help_text, recipe_lines
 
 Task = Callable[[Config, str], Any]

@@ -1,9 +1,11 @@
-"""The one exception for what a user can get wrong."""
+"""The one exception for what a user can get wrong, and what its texts share."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+QUOTED_SHARDS = "\"data.shards='/data/cc3m/{00000..00331}.tar'\""
 
 
 class UserError(Exception):

@@ -13,8 +13,8 @@ from hydra.errors import InstantiationException, OverrideParseException
 from yaml import YAMLError
 
 from qatlab.config import Config, recipe_files
-from qatlab.errors import UserError, nearest
-from qatlab.usage import QUOTED_SHARDS, known_keys
+from qatlab.errors import QUOTED_SHARDS, UserError, nearest
+from qatlab.usage import known_keys
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 

@@ -196,7 +196,15 @@ class Student(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the learned logit scale readable for the evaluations."""
         if self.both_towers is not None:
-            self.logit_scale = min(float(self.both_towers.logit_scale.detach().exp()), MAX_LEARNED_SCALE)
+            self._take_scale(self.both_towers.logit_scale)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the learned logit scale over, for a run that was stopped after its last step."""
+        if self.both_towers is not None:
+            self._take_scale(checkpoint["state_dict"]["both_towers.logit_scale"])
+
+    def _take_scale(self, learned: Tensor) -> None:
+        self.logit_scale = min(float(learned.detach().exp()), MAX_LEARNED_SCALE)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over weights, undecayed vectors and log-scales, with a warm-up and a constant or cosine rate."""

@@ -14,8 +14,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from qatlab.config import GROUPS, Config, default_callbacks, recipe_files
+from qatlab.errors import QUOTED_SHARDS
 
-QUOTED_SHARDS = "\"data.shards='/data/cc3m/{00000..00331}.tar'\""
 _BLOCK_GROUPS = ["data", "quant/weight", "quant/act"]
 
 

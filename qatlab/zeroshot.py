@@ -48,7 +48,8 @@ def class_features(clip: Clip, names: list[str] | None, templates: list[str], ca
     if cache and path.exists():
         features = load_file(path)["features"]
     else:
-        features = torch.stack([_unit(encode_text(clip, prompts).mean(0)) for prompts in text])
+        encoded = encode_text(clip, [prompt for prompts in text for prompt in prompts])
+        features = _unit(encoded.unflatten(0, (len(names), -1)).mean(1))
         if cache:
             with atomic(path) as temporary:
                 save_file({"features": features}, temporary)

@@ -473,6 +473,16 @@ def test_a_run_stopped_while_scoring_repeats_that_pass_alone(
     assert done.rows == runs("ptq").rows
 
 
+def test_a_learned_logit_scale_outlives_a_stop_after_the_last_step(small_fit: Fit, tmp_path: Path) -> None:
+    options = ["fit.checkpoint_every=2", "callbacks.temperature=null", "fit.eval_every=0", "fit.lr=0.1"]
+    run = small_fit("pretrain_tiny", tmp_path, *options)
+    learned = json.loads((run.folder / "scales.json").read_text())
+    for name in ("scales.json", "model.safetensors"):
+        (run.folder / name).unlink()
+    small_fit("pretrain_tiny", tmp_path, *options)
+    assert json.loads((run.folder / "scales.json").read_text()) == learned
+
+
 # -- evaluate --------------------------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from qatlab.errors import UserError
+from qatlab.errors import QUOTED_SHARDS, UserError
 
-EXAMPLE = "\"data.shards='/data/cc3m/{00000..00331}.tar'\""
 HEAD_THREADS = 16
 HEAD_TIMEOUT = 10.0  # seconds
 # Answers of servers that serve a file but refuse HEAD, presigned object-store links among them.
@@ -31,7 +30,7 @@ def expand_shards(spec: Any) -> list[str]:
     shards = _expanded(spec)
     if not shards:
         raise UserError(
-            f"data.shards={spec!r} names no shard; give a folder of .tar files, a list file or, quoted, {EXAMPLE}."
+            f"data.shards={spec!r} names no shard; give a folder of .tar files, a list file or, quoted, {QUOTED_SHARDS}."
         )
     _check_files([shard for shard in shards if "://" not in shard and not shard.startswith("pipe:")])
     _check_urls([shard for shard in shards if shard.startswith(("http://", "https://"))])
@@ -40,13 +39,15 @@ def expand_shards(spec: Any) -> list[str]:
 
 def _expanded(spec: Any) -> list[str]:
     if spec is None:
-        raise UserError(f"data.shards is missing: say where the image–caption shards lie, with the quotes: {EXAMPLE}.")
+        raise UserError(
+            f"data.shards is missing: say where the image–caption shards lie, with the quotes: {QUOTED_SHARDS}."
+        )
     if isinstance(spec, (str, Path)):
         return _from_text(str(spec).strip())
     if isinstance(spec, Sequence):
         return [shard for part in spec for shard in _expanded(part)]
     raise UserError(
-        f"data.shards is {spec!r}; expected text or a list. A pattern with braces needs both quotes: {EXAMPLE}."
+        f"data.shards is {spec!r}; expected text or a list. A pattern with braces needs both quotes: {QUOTED_SHARDS}."
     )
 
 
@@ -88,7 +89,7 @@ def _braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand(pattern))
     except ValueError as error:
-        raise UserError(f"data.shards={pattern!r} has an unclosed brace; write it like {EXAMPLE}.") from error
+        raise UserError(f"data.shards={pattern!r} has an unclosed brace; write it like {QUOTED_SHARDS}.") from error
 
 
 def _check_files(paths: list[str]) -> None:
@@ -96,7 +97,7 @@ def _check_files(paths: list[str]) -> None:
     if missing:
         raise UserError(
             f"data.shards: {missing[0]} does not exist ({len(missing)} of {len(paths)} local shards are missing); "
-            f"check the path and the range, as in {EXAMPLE}."
+            f"check the path and the range, as in {QUOTED_SHARDS}."
         )
 
 
