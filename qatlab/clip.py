@@ -158,15 +158,21 @@ def _download(config: ModelConfig) -> str:
         raise UserError(
             f"model.name={config.name} has no weights: give model.pretrained=<tag> or model.checkpoint=<file>."
         )
+    source = f"https://huggingface.co/{tag['hf_hub'].rstrip('/')}" if tag.get("hf_hub") else tag.get("url")
+    print(f"weights of {config.name} {config.pretrained} from {source}, or the cache", flush=True)
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it tells of each of its retries, for a minute, where there is no network
     try:
         return open_clip.download_pretrained(tag)
     except Exception as error:  # whatever hub, network or disk raise, the remedies are the same
-        source = f"https://huggingface.co/{tag['hf_hub'].rstrip('/')}" if tag.get("hf_hub") else tag.get("url")
         raise UserError(
             f"the weights of {config.name} {config.pretrained} could not be downloaded from {source} ({type(error).__name__}). "
             "Fetch open_clip_model.safetensors there and give model.checkpoint=<file>, or fill HF_HOME on a machine with "
             "internet and copy it here."
         ) from error
+    finally:
+        hub.setLevel(level)
 
 
 def _load_weights(model: Any, path: Path) -> bool:
