@@ -186,7 +186,12 @@ def _load_weights(model: Any, path: Path) -> bool:
         try:
             open_clip.load_checkpoint(model, str(path))
         except (RuntimeError, KeyError) as error:
-            raise UserError(f"{path} does not fit the architecture: {str(error).splitlines()[-1].strip()}") from error
+            want = model.state_dict()
+            other = next((k for k in sorted(want) if k in state and state[k].shape != want[k].shape), None)
+            reason = str(error).splitlines()[-1].strip()
+            if other:  # what open_clip stumbles over on its way there says less
+                reason = f"{other} is {_shape(state, other)} there and {_shape(want, other)} here"
+            raise UserError(f"{path} does not fit the architecture: {reason}; check model.name.") from error
         return True
     visual = {key.removeprefix("visual."): value.float() for key, value in state.items()}
     want = model.visual.state_dict()
