@@ -12,6 +12,8 @@ LABELLED = ("id", "shifted")
 class Calibration(Evaluation):
     """One row per view and labelled set: top1, ece (15 bins), nll (nats) and the signed confidence_gap."""
 
+    roles = LABELLED
+
     def reset(self) -> None:
         """Forget everything seen."""
         labelled = [source for source in self.sources if source.role in LABELLED]

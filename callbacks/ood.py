@@ -34,6 +34,8 @@ class OOD(Evaluation):
     logit scale gives the same numbers under every view.
     """
 
+    roles = OUTSIDE
+
     def __init__(
         self, scores: Sequence[str] = ("msp", "energy", "max_logit", "mcm"), mcm_temperature: float = 1.0
     ) -> None:

@@ -17,17 +17,19 @@ from qatlab.evaluation import Evaluation, Prediction, Row, Source, View
 from qatlab.metrics.calibration import score_zero_shot
 from qatlab.metrics.ood import SCORES, msp, score_images
 
-_SET = ["dataset", "role", "reference"]
+_SET = ["dataset", "definition", "role", "reference"]
 _TYPES = {"label": polars.Int64, "prediction": polars.Int64, "correct": polars.Boolean}
 
 
 class Predictions(Evaluation):
     """Writes ``predictions/<stage>.parquet`` into the run's folder, one line per view, set and image; it has no rows.
 
-    Columns: dataset, role, reference, logit_scale, index (position in the set), label (-1 where unknown), prediction,
+    Columns: dataset, definition, role, reference, logit_scale, index (position in the set), label (-1 where unknown), prediction,
     confidence, correct and nll (null where the labels are not classes of the reference) and one per OOD score. A module
     whose ``run_folder`` is None, on every rank, turns it off: a probe keeps no files.
     """
+
+    roles = ()
 
     def __init__(self, scores: Sequence[str] = tuple(SCORES), mcm_temperature: float = 1.0) -> None:
         super().__init__()
@@ -75,7 +77,7 @@ class Predictions(Evaluation):
         columns = columns.with_columns(
             polars.col(name).cast(kind) for name, kind in _TYPES.items() if name in columns.columns
         )
-        keys = {"dataset": source.name, "role": source.role, "reference": source.reference}
+        keys = dict(zip(_SET, (source.name, view.definition(source), source.role, source.reference), strict=True))
         named = [polars.lit(value).alias(key) for key, value in keys.items()]
         scale = polars.lit(view.logit_scale, dtype=polars.Float64).alias("logit_scale")
         return columns.select(*named, scale, polars.all())

@@ -23,6 +23,8 @@ class Temperature(Evaluation):
     for another source. Source: Guo et al. 2017, with the logit scale as the inverse temperature.
     """
 
+    roles = ()
+
     def __init__(self, source: Origin = "calibration") -> None:
         super().__init__()
         if source not in ("calibration", "proxy"):

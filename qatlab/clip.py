@@ -109,8 +109,10 @@ def _architecture(config: ModelConfig, from_scratch: bool) -> tuple[Any, Preproc
     quick = _quick_gelu(config, tag, from_scratch)
     look = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if tag.get(key) is not None}
     logging.disable(logging.WARNING)  # open_clip warns that the weights are random; they are filled in a moment
-    model = open_clip.create_model(name, pretrained=None, force_quick_gelu=quick, force_preprocess_cfg=look)
-    logging.disable(logging.NOTSET)
+    try:
+        model = open_clip.create_model(name, pretrained=None, force_quick_gelu=quick, force_preprocess_cfg=look)
+    finally:
+        logging.disable(logging.NOTSET)
     return model, Preprocess.from_open_clip(model.visual), open_clip.get_tokenizer(name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -44,10 +44,18 @@ class Prediction:
 
 @dataclass(frozen=True)
 class View:
-    """One reading of the same cosines: the stage it is reported under and the logit scale s that multiplies them."""
+    """One reading of the same cosines: the stage it is reported under and the logit scale s that multiplies them.
+
+    ``basis`` is the definition of the set that the scale was fitted on, "" where it was not fitted.
+    """
 
     stage: str
     logit_scale: float
+    basis: str = ""
+
+    def definition(self, source: Source) -> str:
+        """Return what the rows of a set rest on under this view: the set's definition, and the refit's."""
+        return "+".join(filter(None, [source.definition, self.basis]))
 
 
 Row = dict[str, Any]
@@ -97,6 +105,9 @@ class Evaluation(L.Callback):
     after it. A subclass writes ``reset``, ``update`` and ``compute``.
     """
 
+    roles: ClassVar[tuple[str, ...]] = ("id", "shifted", "near_ood", "far_ood")
+    """The roles of the sets that get rows."""
+
     views: list[View]
     sources: list[Source]
 
@@ -139,7 +150,7 @@ def row(view: View, source: Source, score: str, n: int, metrics: dict[str, float
         "dataset": source.name,
         "role": source.role,
         "reference": source.reference,
-        "definition": source.definition,
+        "definition": view.definition(source),
         "score": score,
         "n": n,
         "metrics": metrics,

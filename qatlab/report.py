@@ -23,7 +23,7 @@ def conclude(study: Any) -> None:
         console.print(f"{run.folder} was finished before: its stored results (force=true computes them anew)")
     # Rows of other images under the same names may lie there too: what was asked for is this suite.
     asked = {(entry.source.name, entry.source.definition) for entry in study.suite.sets}
-    rows = [row for row in run.rows() if (row["dataset"], row["definition"]) in asked]
+    rows = [row for row in run.rows() if (row["dataset"], row["definition"].partition("+")[0]) in asked]
     console.print(results_table(rows, f"{study.recipe} {run.id}"))
     reliability = draw_reliability(study)
     curves = merge_curves(run.folder)
@@ -49,11 +49,11 @@ def conclude(study: Any) -> None:
 
 def draw_reliability(study: Any) -> Path | None:
     """Draw reliability.png of the first ID set: the stage before the refit beside the one after; returns its path."""
-    reference = next(entry.source.name for entry in study.suite.sets if entry.source.role == "id")
+    reference = next(entry.source for entry in study.suite.sets if entry.source.role == "id")
     panels = []
     for stage in [s for s in TITLES if (study.run.folder / "predictions" / f"{s}.parquet").exists()]:
         frame = pl.read_parquet(study.run.folder / "predictions" / f"{stage}.parquet").filter(
-            pl.col("dataset") == reference
+            (pl.col("dataset") == reference.name) & pl.col("definition").str.starts_with(reference.definition)
         )
         if len(frame):  # a stage that was scored on another suite only has nothing to show
             confidence, correct = (frame[name].to_numpy(writable=True) for name in ("confidence", "correct"))

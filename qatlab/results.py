@@ -143,7 +143,7 @@ class Run:
         return read_rows(self.results)
 
     def done(self, stage: str) -> set[tuple[str, str]]:
-        """Return (dataset, definition) of the sets that already have rows of ``stage``."""
+        """Return (dataset, definition) of the rows of ``stage`` that are there already."""
         return {(row["dataset"], row["definition"]) for row in self.rows() if row["stage"] == stage}
 
     def append(self, rows: list[Row]) -> None:

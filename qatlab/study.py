@@ -64,7 +64,13 @@ class Study:
                 "and quantize what comes out in a run of its own."
             )
         self.config, self.run, self.recipe = config, run, recipe
+        self.callbacks = {name: instantiate(block) for name, block in config.callbacks.items() if block}
+        evaluations = [callback for callback in self.callbacks.values() if isinstance(callback, L.Callback)]
+        self.progress: dict[str, int] = {}
+        self.trainer = build_trainer(config, run, recipe, evaluations, self.progress)
         self.clip = clips.load(config.model, config.fit.from_scratch)
+        if self.clip.model is not None:
+            self.clip.model.to(self.trainer.strategy.root_device)  # class prompts are encoded there
         self.data = instantiate(config.data)
         self._captioned: Captioned | None = None
         # What is missing from the data ends the run here, not after the scoring; a finished run needs none of it.
@@ -90,11 +96,7 @@ class Study:
         if config.objective.class_cross_entropy and self.clip.tokenizer:
             template = config.suite.templates[0]
             self.module.class_tokens = self.clip.tokenizer([template.format(name) for name in CLASS_NAMES])
-        self.callbacks = {name: instantiate(block) for name, block in config.callbacks.items() if block}
-        self.progress: dict[str, int] = {}
         self._check_refit()
-        evaluations = [callback for callback in self.callbacks.values() if isinstance(callback, L.Callback)]
-        self.trainer = build_trainer(config, run, recipe, evaluations, self.progress)
         self._skipped = SkipCounter()
         self.computed = False
 
@@ -143,7 +145,7 @@ class Study:
             "objective": str(self.module.objective)
             if self.module.objective and stage not in ("fp32", "quantized")
             else None,
-            "data": self.data.name if stage != "fp32" else None,
+            "data": self.data.name,
         }
 
     def plan(self) -> str:
@@ -151,7 +153,7 @@ class Study:
         fit, model = self.config.fit, self.clip.facts
         named = f"{model['model']} ({model['pretrained'] or model['weights']}, {model['activation']})"
         lines = [f"{self.recipe} {self.run.id}: {' -> '.join(self.stages)}, {named}"]
-        left = {stage: self.suite.missing(self.run.done(stage)).images for stage in self.stages}
+        left = {stage: self._missing([View(stage, self.module.logit_scale)]).images for stage in self.stages}
         if any(left.values()):
             lines.append(f"  scoring: {' + '.join(f'{n} images {stage}' for stage, n in left.items() if n)}")
         if fit.steps and not (self.run.folder / TRAINED).exists():
@@ -175,11 +177,18 @@ class Study:
 
     def score(self, views: list[View], step: int) -> None:
         """Embed the sets whose rows some view still lacks, once, and store a row per evaluation and view."""
-        done = set.intersection(*(self.run.done(view.stage) for view in views))
-        suite = self.suite.missing(done)
+        suite = self._missing(views)
         if suite.sets:
             self._say(f"{views[0].stage}: scoring {suite.images} images")
             self._pass(suite, views, step, self.run.folder)
+
+    def _missing(self, views: list[View]) -> Suite:
+        """Return the sets that some evaluation gives rows of and that lack them under one of ``views``."""
+        done = {view: self.run.done(view.stage) for view in views}
+        roles = {role for callback in self.callbacks.values() for role in getattr(callback, "roles", ())}
+        return self.suite.missing(
+            lambda source: all((source.name, view.definition(source)) in done[view] for view in views), roles
+        )
 
     def _pass(self, suite: Suite, views: list[View], step: int, folder: Path | None) -> None:
         module = self.module
@@ -256,7 +265,7 @@ class Study:
             self.run.append([row | {"step": self.config.fit.steps, "prompts": None}])
             known = fit.logit_scale
             self._state(**{name: known})
-        return View(temperature.stage, known)
+        return View(temperature.stage, known, definition)
 
     def _refit(self, temperature: Temperature) -> Any:
         current = self.module.logit_scale

@@ -23,9 +23,14 @@ def build_trainer(
 ) -> L.Trainer:
     """Return the trainer; ``progress`` is told the batches of each pass, for lines where there is no terminal for a bar.
 
-    Raises UserError for trainer options that this machine cannot meet.
+    Raises UserError for trainer options that this machine cannot meet, and for a global batch that its devices cannot share.
     """
     fit, where = config.fit, config.trainer
+    if fit.steps and fit.batch_size % (devices := where.devices * where.num_nodes):
+        raise UserError(
+            f"fit.batch_size={fit.batch_size} is the global batch and {devices} devices cannot share it evenly; "
+            f"choose a multiple of {devices}."
+        )
     terminal = sys.stdout.isatty()
     checkpoints = run.folder / "checkpoints"
     try:

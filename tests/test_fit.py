@@ -198,7 +198,7 @@ def test_rows_say_what_was_trained_on_what(runs: Callable[[str], Done]) -> None:
     assert [row["method"] for row in found.values()] == ["fp32", "LSQ+LSQ", "LSQ+LSQ", "LSQ+LSQ"]
     assert [row["weight_bits"] for row in found.values()] == [None, 8, 8, 8]
     assert [row["objective"] for row in found.values()] == [None, None, *["0.5 contrastive + 0.5 kl"] * 2]
-    assert [row["data"] for row in found.values()] == [None, *["embedded"] * 3]
+    assert {row["data"] for row in found.values()} == {"embedded"}
     assert {row["activation"] for row in found.values()} == {"gelu"}
     assert found["adapted"]["config"]["fit.lr"] == 1e-6
     assert found["adapted"]["config"]["objective.kl"] == 0.5
@@ -568,6 +568,24 @@ def test_rows_added_at_another_precision_belong_to_the_run(small: Options, finis
 def test_a_checkpoint_that_is_no_run_is_refused(small: Options, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.yaml is not there: checkpoint= wants the folder of a run"):
         evaluate(small("fp32", f"checkpoint={tmp_path}"), "evaluate")
+
+
+def test_without_an_evaluation_its_sets_are_left_out_and_the_run_ends(small: Options, tmp_path: Path) -> None:
+    config = small("ptq", f"output={tmp_path}", "callbacks.ood=null", "callbacks.temperature=null")
+    first = listened(fit, config, "ptq")
+    assert {row["dataset"] for row in first.rows} == {"id", "noise"}
+    assert "finished before" in listened(fit, config, "ptq").said
+
+
+def test_another_calibration_set_gives_other_rows_after_the_refit(small: Options, tmp_path: Path) -> None:
+    """The refitted scale belongs to the images that it was fitted on."""
+    rows: list[Any] = []
+    for path in ("embedded:calibration", "embedded:unusual"):
+        options = f"output={tmp_path}", "callbacks.ood=null", f"suite.sets.calibration.path='{path}'"
+        done = listened(fit, small("ptq", *options), "ptq")
+        rows = [row for row in done.rows if row["stage"] == "temperature" and row["dataset"] == "id"]
+    assert len(rows) == 2
+    assert rows[0]["logit_scale"] != rows[1]["logit_scale"]
 
 
 def test_an_unfinished_run_is_not_finished_by_scoring_it(small: Options, finished: Run, tmp_path: Path) -> None:

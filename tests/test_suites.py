@@ -16,7 +16,7 @@ from qatlab.clip import Clip
 from qatlab.config import ModelConfig, SetConfig, SuiteConfig
 from qatlab.data import TextTable
 from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet
-from qatlab.data.suites import Suite, build_suite
+from qatlab.data.suites import ROLES, Suite, build_suite
 from qatlab.errors import UserError
 
 NAMES = ["circle", "square", "star"]
@@ -182,9 +182,20 @@ def done(built: Suite, *names: str) -> set[tuple[str, str]]:
     return {(entry.source.name, entry.source.definition) for entry in built.sets if entry.source.name in names}
 
 
+def missing(built: Suite, stored: set[tuple[str, str]], roles: set[str] | None = None) -> Suite:
+    return built.missing(lambda source: (source.name, source.definition) in stored, roles or {*ROLES} - {"calibration"})
+
+
+def test_sets_that_nothing_scores_are_not_missing(four: Suite) -> None:
+    scored = missing(four, set(), {"id", "shifted"})
+    assert [entry.source.name for entry in scored.sets] == ["id", "noise"]
+    assert [entry.source.name for entry in missing(four, set(), {"near_ood"}).sets] == ["id", "near_ood"]
+    assert missing(four, done(four, "near_ood"), {"near_ood"}).sets == []
+
+
 def test_what_is_missing_comes_with_its_reference(four: Suite) -> None:
     def names(*stored: str) -> list[str]:
-        return [entry.source.name for entry in four.missing(done(four, *stored)).sets]
+        return [entry.source.name for entry in missing(four, done(four, *stored)).sets]
 
     assert names() == ["id", "near_ood", "noise", "far_ood"]
     assert names("id", "near_ood", "far_ood") == ["id", "noise"]
@@ -199,27 +210,27 @@ def test_what_is_missing_comes_with_its_reference(four: Suite) -> None:
 def test_a_set_that_became_another_is_missing(clip: Clip, four: Suite, change: dict[str, Any]) -> None:
     sets = embedded(id="id", calibration="calibration", near_ood="near_ood", noise="shifted", far_ood="far_ood")
     everything = done(four, *(entry.source.name for entry in four.sets))
-    assert suite(clip, sets, **{"class_names": None}).missing(everything).sets == []
+    assert missing(suite(clip, sets, **{"class_names": None}), everything).sets == []
     changed = suite(clip, sets, **{"class_names": None, **change})
-    assert [entry.source.name for entry in changed.missing(everything).sets] == ["id", "near_ood", "noise", "far_ood"]
+    assert [entry.source.name for entry in missing(changed, everything).sets] == ["id", "near_ood", "noise", "far_ood"]
 
 
 def test_other_evaluations_make_other_results(clip: Clip) -> None:
     config = SuiteConfig(sets=embedded(id="id"), images=20)
     one, other = (build_suite(config, clip, {"ood": {"scores": scores}}) for scores in (["msp"], ["msp", "mcm"]))
-    assert other.missing(done(one, "id")).images == 20
+    assert missing(other, done(one, "id")).images == 20
 
 
 def test_folders_do_not_care_how_many_images_are_rendered(clip: Clip, root: Path) -> None:
     sets = {"shapes": SetConfig("shapes", "id")}
     one, other = (suite(clip, sets, root=str(root), images=n) for n in (20, 30))
-    assert other.missing(done(one, "shapes")).sets == []
+    assert missing(other, done(one, "shapes")).sets == []
 
 
 def test_rendered_sets_beside_folders_do(clip: Clip, root: Path) -> None:
     sets = {"shapes": SetConfig("shapes", "id"), "near": SetConfig("embedded:near_ood", "near_ood")}
     one, other = (suite(clip, sets, root=str(root), seed=seed) for seed in (0, 1))
-    assert [entry.source.name for entry in other.missing(done(one, "shapes", "near")).sets] == ["shapes", "near"]
+    assert [entry.source.name for entry in missing(other, done(one, "shapes", "near")).sets] == ["shapes", "near"]
 
 
 # -- classes ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -91,10 +91,9 @@ class Suite:
         ]
         return replace(self, sets=thin)
 
-    def missing(self, done: set[tuple[str, str]]) -> Suite:
-        """Return the suite of the sets whose (name, definition) ``done`` lacks, with the ID references they need."""
-        scored = [s for s in self.sets if s.source.role != "calibration"]
-        todo = [s for s in scored if (s.source.name, s.source.definition) not in done]
+    def missing(self, done: Callable[[Source], bool], roles: set[str]) -> Suite:
+        """Return the suite of the sets of some ``roles`` that are not ``done``, with the ID references they need."""
+        todo = [s for s in self.sets if s.source.role in roles and not done(s.source)]
         wanted = {s.source.name for s in todo} | {s.source.reference for s in todo}
         return self.only(names=wanted)
 
