@@ -31,7 +31,11 @@ for name, folder in json.loads(sys.argv[2]).items():
     read, write = os.pipe()
     if os.fork() == 0:
         try:
-            site.addsitedir(folder) if name == "editable" else sys.path.insert(0, folder)
+            sys.path.insert(0, folder)
+            if name == "editable":  # its finder has the name of the one of this environment, which may be loaded
+                for module in [m for m in sys.modules if m.startswith("__editable__")]:
+                    del sys.modules[module]
+                site.addsitedir(folder)
             sys.meta_path.sort(key=lambda f: not editable(f))  # before a qatlab installed in this environment
             import qatlab.callbacks, qatlab.config, qatlab.recipes
             from qatlab.callbacks.calibration import Calibration
