@@ -17,7 +17,7 @@ class ProgressLines(L.Callback):
     def __init__(self, passes: dict[str, int]) -> None:
         self.passes = passes  # batches of the pass about to run, filled in by whoever starts it
         self.start = self.last = 0.0
-        self.done = self.left = 0
+        self.done = self.before = 0  # in this process, and before it
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start counting a pass; a probe inside training stays silent."""
@@ -26,8 +26,8 @@ class ProgressLines(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start counting steps, from where a resumed run stands."""
-        self.left = trainer.max_steps - trainer.global_step
         self._begin()
+        self.before = trainer.global_step
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Count one batch of a pass."""
@@ -36,11 +36,11 @@ class ProgressLines(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Count one step."""
-        self._tick(trainer, "steps", self.left)
+        self._tick(trainer, "steps", trainer.max_steps)
 
     def _begin(self) -> None:
         self.start = self.last = time.monotonic()
-        self.done = 0
+        self.done = self.before = 0
 
     def _tick(self, trainer: L.Trainer, unit: str, total: int) -> None:
         self.done += 1
@@ -48,6 +48,5 @@ class ProgressLines(L.Callback):
         if trainer.is_global_zero and total and (self.done == FIRST or now - self.last > EVERY):
             self.last = now
             each = (now - self.start) / self.done
-            print(
-                f"  {self.done}/{total} {unit}, {each:.2f} s each, {each * (total - self.done):.0f} s left", flush=True
-            )
+            done = self.before + self.done
+            print(f"  {done}/{total} {unit}, {each:.2f} s each, {each * (total - done):.0f} s left", flush=True)

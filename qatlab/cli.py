@@ -52,7 +52,9 @@ def main(task: Task, needs_recipe: bool = True) -> None:
         print(f"qatlab: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("qatlab: interrupted; what is finished is kept, the same command goes on from there.", file=sys.stderr)
+        print(
+            "qatlab: interrupted; the same command goes on from the last finished stage or checkpoint.", file=sys.stderr
+        )
         sys.exit(130)
 
 
@@ -99,6 +101,20 @@ def _checked(composed: DictConfig) -> Config:
     return config
 
 
+def _check_evaluation(arguments: list[str]) -> None:
+    """Raise UserError for options that an evaluation would not heed, so that no one takes its numbers for theirs."""
+    unheeded = {"recipe", "quant", "objective", "optim"}
+    of_run = unheeded | {"model", "data", "seed"}
+    stored = any(argument.startswith("checkpoint=") for argument in arguments)
+    for argument in arguments:
+        group = re.split(r"[./=@]", argument.lstrip("+~"))[0]
+        if _is_override(argument) and group in (of_run if stored else unheeded):
+            scored = "the run in checkpoint= as it is" if stored else "an unquantized model (checkpoint= scores a run)"
+            raise UserError(
+                f"{argument}: an evaluation scores {scored}; drop the option, or use `python -m qatlab.fit`."
+            )
+
+
 def _check(arguments: list[str], own: Path | None, needs_recipe: bool, program: str) -> None:
     """Raise UserError for what is wrong before Hydra looks at the command line."""
     if sum(argument.startswith("data.shards=") for argument in arguments) > 1:
@@ -115,6 +131,8 @@ def _check(arguments: list[str], own: Path | None, needs_recipe: bool, program: 
             name = found.group(1)
             if name not in ("config-dir", "config-path", "config-name", "package"):
                 raise UserError(f"{argument} is not known: options have no dashes, {argument.removeprefix('--')}.")
+    if not needs_recipe:
+        _check_evaluation(arguments)
     if needs_recipe and not any(argument.startswith("recipe=") or argument in _FLAGS for argument in arguments):
         listed = "\n".join(f"  {name:22} {line}" for name, line in recipe_lines(own))
         raise UserError(f"no recipe given; run `{program} recipe=<name>` with one of\n{listed}")

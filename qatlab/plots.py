@@ -18,7 +18,6 @@ from qatlab.cache import atomic
 from qatlab.metrics.calibration import Bins, confidence_gap, expected_calibration_error, reliability_bins
 
 _ACCURACY, _OVER, _UNDER, _INK, _FAINT = "#4c78a8", "#f0a08a", "#8cc7b0", "#333333", "#b8b8b8"
-_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
 _GAP: dict[str, Any] = {"hatch": "////", "edgecolor": "white", "linewidth": 0}
 
 
@@ -39,21 +38,12 @@ def reliability_diagram(panels: Sequence[tuple[str, Any, Any]], path: Path, n_bi
         bins = reliability_bins(confidence, correct, n_bins)
         ece = expected_calibration_error(confidence, correct, n_bins)
         _bars(above, bins, n_bins)
-        above.set_title(title, fontsize=11, color=_INK, pad=8)
+        above.set_title(title, fontsize=11, color=_INK, pad=20)
         gap = f"{confidence_gap(confidence, correct):+.1%}".replace("-", "−")
         accuracy = np.nansum(bins.images * bins.accuracy) / bins.images.sum()
-        text = f"ECE {ece:.1%}\ntop-1 {accuracy:.1%}\nconfidence − accuracy {gap}"
-        above.text(
-            0.04,
-            0.96,
-            text,
-            transform=above.transAxes,
-            va="top",
-            fontsize=8.5,
-            linespacing=1.5,
-            color=_INK,
-            bbox=_PAPER,
-        )
+        # Above the panel, where no bar is.
+        text = f"top-1 {accuracy:.1%}    ECE {ece:.1%}    confidence − accuracy {gap}"
+        above.text(0.5, 1.02, text, transform=above.transAxes, ha="center", va="bottom", fontsize=8, color=_INK)
         _histogram(below, bins, n_bins)
     axes[0, 0].set_ylabel("accuracy", color=_INK)
     axes[1, 0].set_ylabel("images", color=_INK)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -40,7 +41,19 @@ def run_id(config: Config) -> str:
         identity["quant"]["rules"] = list(config.quant.rules.items())
     for group, names in _NOT_IDENTITY.items():
         identity[group] = {key: value for key, value in identity[group].items() if key not in names}
+    # A file is known by what is in it: the same path may hold other weights tomorrow.
+    for file in filter(None, (config.model.checkpoint, (config.model.text_features or "").partition(":")[0])):
+        if Path(file).is_file():
+            identity[f"content of {file}"] = _sha256(Path(file))
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while chunk := handle.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def is_rank_zero() -> bool:
@@ -96,6 +109,8 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         if self._lock:
+            if {path.name for path in self.folder.iterdir()} <= {".lock", "config.yaml"}:
+                shutil.rmtree(self.folder)  # a mistake ended it before anything was computed
             self._lock.close()
 
     def _take(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -249,6 +250,8 @@ class Study:
         # The weights come last: once they are there the stage counts as finished.
         self._state(logit_scale=self.module.logit_scale)
         self._write(TRAINED, lambda path: save_file(_tensors(trained), path))
+        if self.trainer.is_global_zero:
+            shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)  # they held what is now the model
 
     def refit(self) -> View | None:
         """Return the view of the refitted logit scale, fitted or read back; None when the run has no refit."""
@@ -264,6 +267,10 @@ class Study:
             row = temperature.row(fit, definition) | self.facts(self.stages[-1])
             self.run.append([row | {"step": self.config.fit.steps, "prompts": None}])
             known = fit.logit_scale
+            if fit.at_bound:
+                self._say(
+                    f"  the fit ended at its bound, s = {known:g}: {temperature.count} images do not tell the scale"
+                )
             self._state(**{name: known})
         return View(temperature.stage, known, definition)
 

@@ -335,7 +335,7 @@ def test_a_bug_inside_a_block_keeps_its_traceback(command):
 def test_ctrl_c_says_how_to_go_on(command):
     outcome = command(LIGHT, task=fail(KeyboardInterrupt()))
     assert outcome.code == 130
-    assert "the same command goes on from there" in outcome.err
+    assert "the same command goes on from the last finished stage or checkpoint" in outcome.err
     assert "Traceback" not in outcome.err
 
 
@@ -439,11 +439,23 @@ def test_a_pattern_quoted_once_shows_the_quoted_form(bash):
     Outcome(ended.returncode, ended.stdout, ended.stderr).mistake(f"\"data.shards='{SHARDS}'\"")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["recipe=ptq", "quant.weight.bits=4", "checkpoint=runs/a model=tiny", "checkpoint=runs/a data.name=b"],
+)
+def test_an_evaluation_refuses_what_it_would_not_heed(monkeypatch, capsys, arguments):
+    monkeypatch.setattr("sys.argv", ["qatlab/evaluate.py", *arguments.split(), "suite.images=8"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(lambda config, recipe: None, needs_recipe=False)
+    assert ended.value.code == 2
+    assert "an evaluation scores" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("program", ["fit", "evaluate"])
 def test_help_and_mistakes_do_not_wait_for_torch(bash, program):
     code = (
         "import sys, runpy\n"
-        f"sys.argv = ['qatlab/{program}.py', 'recipe=ptq', 'fit.stepz=3']\n"
+        f"sys.argv = ['qatlab/{program}.py', *{['recipe=ptq'] if program == 'fit' else []}, 'fit.stepz=3']\n"
         f"try: runpy.run_module('qatlab.{program}', run_name='__main__')\n"
         "finally: print('torch' in sys.modules)\n"
     )

@@ -628,7 +628,7 @@ def test_a_corrupt_image_is_replaced_and_counted(small: Options, tmp_path: Path)
     config = cc3m(small, "light_qat", tmp_path / "runs", tmp_path / "damaged.tar", "fit.unique_samples=20")
     done = listened(fit, config, "light_qat")
     assert "corrupt image" in done.said
-    assert "skipped samples (" in done.said
+    assert "samples skipped and replaced: " in done.said
     assert {row["data"] for row in done.rows if row["stage"] == "adapted"} == {"mine"}
 
 

@@ -314,10 +314,30 @@ def test_force_moves_the_earlier_run_aside(config, tmp_path, capsys):
 
 def test_force_on_a_first_run_moves_nothing(config, tmp_path, capsys):
     config.force = True
-    with Run(config, "ptq"):
-        pass
-    assert len(list(tmp_path.iterdir())) == 1
+    with Run(config, "ptq") as run:
+        (run.folder / "layers.csv").write_text("layer")
+    assert list(tmp_path.iterdir()) == [run.folder]
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_computed_nothing_leaves_no_folder(config, tmp_path):
+    def mistaken() -> None:
+        with Run(config, "ptq") as run:
+            run.describe("ptq")
+            raise UserError("no such set")
+
+    with pytest.raises(UserError, match="no such set"):
+        mistaken()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_weights_under_the_same_path_are_another_run(config, tmp_path):
+    config.model.checkpoint = str(tmp_path / "weights.safetensors")
+    ids = []
+    for content in (b"one", b"other", b"one"):
+        (tmp_path / "weights.safetensors").write_bytes(content)
+        ids.append(run_id(config))
+    assert ids[0] == ids[2] != ids[1]
 
 
 # -- reading many runs ---------------------------------------------------------------------------------------------------

@@ -215,6 +215,22 @@ def test_a_set_that_became_another_is_missing(clip: Clip, four: Suite, change: d
     assert [entry.source.name for entry in missing(changed, everything).sets] == ["id", "near_ood", "noise", "far_ood"]
 
 
+def test_other_images_under_the_same_names_are_another_set(clip: Clip, root: Path) -> None:
+    def definition() -> str:
+        return suite(clip, {"shapes": SetConfig("shapes", "id")}, root=str(root)).sets[0].source.definition
+
+    first = definition()
+    assert definition() == first
+    image = sorted((root / "shapes").rglob("*.png"))[0]
+    content = image.read_bytes()
+    image.write_bytes(content + b"more")
+    assert definition() != first
+    image.write_bytes(content)
+    assert definition() == first
+    image.rename(image.with_name("another.png"))
+    assert definition() != first
+
+
 def test_other_evaluations_make_other_results(clip: Clip) -> None:
     config = SuiteConfig(sets=embedded(id="id"), images=20)
     one, other = (build_suite(config, clip, {"ood": {"scores": scores}}) for scores in (["msp"], ["msp", "mcm"]))

@@ -50,7 +50,7 @@ class SkipCounter(Counter[str]):
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.most_common())
-        return f"{sum(self.values())} skipped samples ({reasons})" if self else "no skipped sample"
+        return f"samples skipped and replaced: {reasons}" if self else "no sample skipped"
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,10 +116,15 @@ class EmbeddedSet(Dataset[tuple[Tensor, int]]):
                 f"The embedded world has no set '{kind}'{nearest(kind, KINDS)}; its sets are {', '.join(KINDS)}."
             )
         self.kind, self.n, self.seed = KINDS[kind], n, seed
+        self.name = kind
         self.classes = CLASS_NAMES if self.kind.shapes == CLASS_NAMES else []
 
     def __len__(self) -> int:
         return self.n
+
+    def fingerprint(self) -> str:
+        """Return which images these are."""
+        return f"{self.name} of world {world.VERSION}, seed {self.seed}, {self.n} images"
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.__getitems__([index])[0]

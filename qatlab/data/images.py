@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -50,6 +51,13 @@ class ImageFolderSet(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Return a hash of which images these are: file names below the folder, their sizes and labels."""
+        digest = hashlib.sha256()
+        for file, label in zip(self.files, self.labels, strict=True):
+            digest.update(f"{file.as_posix()}/{(self.path / file).stat().st_size}/{label}\n".encode())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         file = self.path / self.files[index]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence, Sized
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -130,28 +130,32 @@ def build_suite(config: SuiteConfig, clip: Clip, evaluations: Any = None, cache_
     rendered = all(entry.path.startswith(_EMBEDDED) for entry in config.sets.values())
     names = _class_names(config) or (None if clip.text_table is not None or not rendered else CLASS_NAMES)
     classes = class_features(clip, names, config.templates, cache_text)
+    references = {name: _reference(name, entry, default, config) for name, entry in config.sets.items()}
+    opened = {name: _open(entry, config, clip, classes) for name, entry in config.sets.items()}
+    prints = {name: images.fingerprint() for name, images in opened.items()}
+    texts = [classes.names, config.templates if clip.text_table is None else classes.prompts]
     sets = []
     for name, entry in config.sets.items():
-        if entry.role not in ROLES:
-            raise UserError(
-                f"suite.sets.{name}.role={entry.role} is unknown{nearest(entry.role, ROLES)}; there are {', '.join(ROLES)}."
-            )
-        reference = entry.reference or default
-        if reference not in config.sets or config.sets[reference].role != "id":
-            raise UserError(
-                f"suite.sets.{name}.reference={reference} is no id set of the suite{nearest(reference, config.sets)}."
-            )
-        if entry.role == "id":
-            reference = name
-        where = [config.root, config.images, config.seed] if entry.path.startswith(_EMBEDDED) else [config.root]
-        texts = [classes.names, config.templates if clip.text_table is None else classes.prompts]
-        definition = _hash(asdict(entry), asdict(config.sets[reference]), where, texts, evaluations)
+        reference = references[name]
+        definition = _hash(entry.role, prints[name], prints[reference], texts, evaluations)
         source = Source(name, entry.role, reference, definition)
-        sets.append(
-            EvaluationSet(source, Indexed(_open(entry, config, clip, classes)), entry.path.startswith(_EMBEDDED))
-        )
+        sets.append(EvaluationSet(source, Indexed(opened[name]), entry.path.startswith(_EMBEDDED)))
     heads = {entry.source.reference: classes for entry in sets}
     return Suite(sets, heads)
+
+
+def _reference(name: str, entry: SetConfig, default: str, config: SuiteConfig) -> str:
+    """Return the name of the ID set that a set is measured against; raises UserError for an unknown role or reference."""
+    if entry.role not in ROLES:
+        raise UserError(
+            f"suite.sets.{name}.role={entry.role} is unknown{nearest(entry.role, ROLES)}; there are {', '.join(ROLES)}."
+        )
+    reference = name if entry.role == "id" else entry.reference or default
+    if reference not in config.sets or config.sets[reference].role != "id":
+        raise UserError(
+            f"suite.sets.{name}.reference={reference} is no id set of the suite{nearest(reference, config.sets)}."
+        )
+    return reference
 
 
 def _draw(n: int, k: int) -> list[int]:
@@ -184,9 +188,9 @@ def _class_names(config: SuiteConfig) -> list[str] | None:
     raise UserError(f"{path} is no list of names, nor of records with index and name.")
 
 
-def _open(entry: SetConfig, config: SuiteConfig, clip: Clip, classes: Classes) -> Sized:
+def _open(entry: SetConfig, config: SuiteConfig, clip: Clip, classes: Classes) -> EmbeddedSet | ImageFolderSet:
     if entry.path.startswith(_EMBEDDED):
-        return cast(Sized, EmbeddedSet(entry.path.removeprefix(_EMBEDDED), config.images, config.seed))
+        return EmbeddedSet(entry.path.removeprefix(_EMBEDDED), config.images, config.seed)
     root = Path(config.root or ".").expanduser()
     path = root / entry.path
     if not path.is_dir():

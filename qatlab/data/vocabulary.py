@@ -71,7 +71,8 @@ def tokenize(texts: str | Sequence[str]) -> Tensor:
         words = sentence.lower().replace(".", " ").replace(",", " ").split()
         if len(words) > CONTEXT - 2:
             raise UserError(
-                f"'{sentence}' has {len(words)} words, the tiny model's context holds {CONTEXT - 2}: shorten it."
+                f"'{sentence}' has {len(words)} words, the tiny model's context holds {CONTEXT - 2}: it knows "
+                "only the embedded world's captions, choose another model= for others."
             )
         row[: len(words) + 2] = torch.tensor([START, *(_number(word, sentence) for word in words), END])
     return tokens
@@ -81,6 +82,6 @@ def _number(word: str, sentence: str) -> int:
     if word not in _IDS:
         raise UserError(
             f"The embedded world has no word '{word}' (in '{sentence}'){nearest(word, WORDS)}; "
-            f"it has these {len(WORDS)}: {' '.join(WORDS)}."
+            f"model=tiny knows these {len(WORDS)}, choose another model= for others: {' '.join(WORDS)}."
         )
     return _IDS[word]
