@@ -318,9 +318,9 @@ class Study:
 
     def _caption_batches(self, checkpoint: Path | None) -> CaptionModule:
         fit = self.config.fit
-        start = (
-            0 if checkpoint is None else torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
-        )
+        start = 0
+        if checkpoint is not None:  # mapped, so that only the step is read: the trainer loads the rest
+            start = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"]
         return CaptionModule(
             self.data, self.clip.preprocess, self.clip.tokenizer, fit.batch_size, fit.unique_samples, fit.workers,
             self.config.seed, fit.steps, start, self._probe_loaders(),

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
 from qatlab.callbacks import ProgressLines, Results
 from qatlab.config import Config
+from qatlab.data.module import check_batch
 from qatlab.errors import UserError
 from qatlab.loggers import build_loggers
 from qatlab.results import Run
@@ -26,11 +27,8 @@ def build_trainer(
     Raises UserError for trainer options that this machine cannot meet, and for a global batch that its devices cannot share.
     """
     fit, where = config.fit, config.trainer
-    if fit.steps and fit.batch_size % (devices := where.devices * where.num_nodes):
-        raise UserError(
-            f"fit.batch_size={fit.batch_size} is the global batch and {devices} devices cannot share it evenly; "
-            f"choose a multiple of {devices}."
-        )
+    if fit.steps:
+        check_batch(fit.batch_size, where.devices * where.num_nodes)  # here already, before anything is scored
     terminal = sys.stdout.isatty()
     checkpoints = run.folder / "checkpoints"
     try:

@@ -21,6 +21,15 @@ Batch = dict[str, Any]
 Tokenizer = Callable[[list[str]], Tensor]
 
 
+def check_batch(batch_size: int, processes: int) -> None:
+    """Raise UserError when ``processes`` cannot share the global batch evenly."""
+    if batch_size % processes:
+        raise UserError(
+            f"fit.batch_size={batch_size} is the global batch and {processes} processes cannot share it evenly; "
+            f"choose a multiple of {processes}."
+        )
+
+
 def looped_indices(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
     """Return (batch_size,) int64, the samples of global batch ``step``: a pure function of its arguments.
 
@@ -150,11 +159,7 @@ class CaptionModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check the batch against the processes and the shards against the disk, and read the looped samples."""
         _, world = self._share()
-        if self.batch_size % world:
-            raise UserError(
-                f"fit.batch_size={self.batch_size} is the global batch and {world} processes cannot share it evenly; "
-                f"choose a multiple of {world}."
-            )
+        check_batch(self.batch_size, world)
         if self.unique_samples is not None and self.unique_samples < 1:
             raise UserError(
                 f"fit.unique_samples={self.unique_samples}; expected at least 1, or null to stream all shards."
