@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.errors import UserError
+from qatlab.quant.kernels import grid_codes
 from qatlab.quant.layers import QuantLayer, evaluating, full_precision, quant_layers
-from qatlab.quant.quantizer import Quantizer, grid_codes
+from qatlab.quant.quantizer import Quantizer
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -69,6 +70,21 @@ def layer_report(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
         model(images.to(_device(model)))
     _require_called(layers, set(rows))
     return [rows[name] for name in layers]
+
+
+def rounded_elements(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    """Return how many weights the quantized layers of ``model`` round, and how many activations of one ``image`` (1, 3, S, S)."""
+    layers = quant_layers(model)
+    weights = sum(layer.weight.numel() for layer in layers.values() if layer.weight_quantizer is not None)
+    acts = 0
+
+    def count(name: str, x: Tensor) -> None:
+        nonlocal acts
+        acts += x.numel() if layers[name].act_quantizer is not None else 0
+
+    with evaluating(model), _on_inputs(layers, count):
+        model(image.to(_device(model)))
+    return weights, acts
 
 
 def _layer_row(

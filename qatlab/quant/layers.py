@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qatlab.errors import UserError, nearest
+from qatlab.quant.fused import MATMULS, fused_linear
+from qatlab.quant.kernels import EAGER, compiled
 from qatlab.quant.quantizer import Quantizer
 
 
@@ -81,6 +84,12 @@ class QuantLinear(QuantLayer):
     def __init__(self, source: nn.Linear, weight: Quantizer | None, act: Quantizer | None) -> None:
         super().__init__(source, weight, act)
         self.in_features, self.out_features = source.in_features, source.out_features
+        self.matmul = "float"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output; with gradients, of a function that keeps only x and W for its backward."""
+        quantized = self.act_quantizer is not None or self.weight_quantizer is not None
+        return fused_linear(self, x) if quantized and torch.is_grad_enabled() else super().forward(x)
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return x W^T + b."""
@@ -116,6 +125,27 @@ class QuantConv2d(QuantLayer):
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """Return the quantized layers of ``model`` by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def prepare_training(model: nn.Module, kernels: str, matmul: str) -> None:
+    """Set how the quantized layers of ``model`` compute with gradients: ``kernels`` eager or compiled, ``matmul`` of fused_linear.
+
+    Raises UserError for an unknown ``matmul``, and for products of integers where no layer has both quantizers.
+    """
+    if matmul not in MATMULS:
+        raise UserError(f"quant.matmul={matmul} is unknown{nearest(matmul, MATMULS)}; there are {', '.join(MATMULS)}.")
+    linear = [layer for layer in quant_layers(model).values() if isinstance(layer, QuantLinear)]
+    integer = [layer for layer in linear if layer.weight_quantizer is not None and layer.act_quantizer is not None]
+    if matmul != "float" and not integer:
+        raise UserError(
+            f"quant.matmul={matmul} multiplies integer codes, and no layer has both quantizers: choose quant/weight= and "
+            "quant/act=, or set quant.matmul=float."
+        )
+    for layer in integer:
+        layer.matmul = matmul
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.kernels = compiled() if kernels == "compiled" else EAGER
 
 
 @contextmanager

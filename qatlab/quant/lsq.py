@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.errors import UserError, nearest
-from qatlab.quant.quantizer import SMALLEST_SCALE, Quantizer, Statistics, grid_codes, widened
+from qatlab.quant.kernels import Kernels
+from qatlab.quant.quantizer import SMALLEST_SCALE, Quantizer, Statistics
 
 INITS = ("absmax", "lsq", "mse")
 
@@ -17,24 +18,18 @@ class _LearnedStep(torch.autograd.Function):
     """LSQ's forward and backward; saves x and s only and recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, gradient_scale: float) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, gradient_scale: float, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.constants = qmin, qmax, gradient_scale
-        return grid_codes(x, scale, qmin, qmax).mul_(scale).to(x.dtype)
+        ctx.constants = qmin, qmax, gradient_scale, kernels
+        return kernels.fake_quantize(x, scale, qmin, qmax)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        qmin, qmax, gradient_scale = ctx.constants
-        ratio = torch.div(widened(x), scale)
-        inside = (ratio > qmin) & (ratio < qmax)
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(qmin, qmax))
-            grad_scale = (slope * grad).sum_to_size(scale.shape).mul_(gradient_scale).to(scale.dtype)
-        return grad_x, grad_scale, None, None, None
+        qmin, qmax, gradient_scale, kernels = ctx.constants
+        grad_x, grad_scale = kernels.lsq_backward(x, scale, grad, qmin, qmax)
+        return grad_x, (grad_scale * gradient_scale).to(scale.dtype), None, None, None, None
 
 
 class LSQ(Quantizer):
@@ -98,7 +93,7 @@ class LSQ(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return x rounded to the grid."""
         gradient_scale = 1 / math.sqrt(self._elements_per_scale(x) * self.qmax)
-        return _LearnedStep.apply(x, self.scale, self.qmin, self.qmax, gradient_scale)
+        return _LearnedStep.apply(x, self.scale, self.qmin, self.qmax, gradient_scale, self.kernels)
 
     def extra_repr(self) -> str:
         """Return the options shown by ``print(model)``."""

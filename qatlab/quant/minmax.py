@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qatlab.quant.quantizer import Quantizer, Statistics, grid_codes, widened
+from qatlab.quant.kernels import Kernels
+from qatlab.quant.quantizer import Quantizer, Statistics
 
 
 class _StraightThrough(torch.autograd.Function):
     """Round to the grid; the gradient passes unchanged where the rounded value lies on the grid, both ends included."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.ends = qmin, qmax
-        return grid_codes(x, scale, qmin, qmax).mul_(scale).to(x.dtype)
+        ctx.constants = qmin, qmax, kernels
+        return kernels.fake_quantize(x, scale, qmin, qmax)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        qmin, qmax = ctx.ends
-        code = torch.div(widened(x), scale).round_()
-        return grad * ((code >= qmin) & (code <= qmax)), None, None, None
+        qmin, qmax, kernels = ctx.constants
+        return kernels.straight_through_backward(x, scale, grad, qmin, qmax), None, None, None, None
 
 
 class MinMax(Quantizer):
@@ -55,4 +55,4 @@ class MinMax(Quantizer):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return x rounded to the grid."""
-        return _StraightThrough.apply(x, self.step, self.qmin, self.qmax)
+        return _StraightThrough.apply(x, self.step, self.qmin, self.qmax, self.kernels)

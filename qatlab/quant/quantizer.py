@@ -8,26 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.errors import UserError
+from qatlab.quant.kernels import EAGER, Kernels
 from qatlab.quant.observers import ActivationStatistics, WeightStatistics
 
 Statistics = ActivationStatistics | WeightStatistics
 
 # The scale of a tensor (or of a weight row) that is zero throughout: positive, so that 0 / scale is 0 and never NaN.
 SMALLEST_SCALE = 1e-12
-
-
-def grid_codes(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Return x / scale rounded to the nearest even integer and clipped to [qmin, qmax], in x's shape.
-
-    bfloat16 and float16 are computed in float32, float64 stays float64. It divides: x * (1 / scale) rounds some ties
-    the other way, and the integer runtimes divide too.
-    """
-    return torch.div(widened(x), scale).round_().clamp_(qmin, qmax)
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return x in float32 if it is float16 or bfloat16, else x itself."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class Quantizer(nn.Module):
@@ -56,6 +43,7 @@ class Quantizer(nn.Module):
             )
         self.bits, self.channels, self.batched, self.per_channel = bits, channels, batched, per_channel
         self.qmin, self.qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.kernels: Kernels = EAGER
         self._ready = False
         self._statistics: Statistics | None = None
 
@@ -88,11 +76,12 @@ class Quantizer(nn.Module):
             return self.fake_quantize(x.reshape(self.channels, -1)).view(x.shape)
         return self.fake_quantize(x)
 
-    def codes(self, x: Tensor) -> Tensor:
-        """Return the integer codes of x, int8, in x's shape; ``codes(x) * scale`` is the forward's value."""
-        self._require_scale()
+    def codes(self, x: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+        """Return the integer codes of x in ``dtype``, in x's shape; ``codes(x) * scale`` is the forward's value."""
+        if not self._ready:
+            self._require_scale()
         rows = x.detach().reshape(self.channels, -1) if self.per_channel else x.detach()
-        return grid_codes(rows, self.scale.detach(), self.qmin, self.qmax).to(torch.int8).view(x.shape)
+        return self.kernels.integer_codes(rows, self.scale.detach(), self.qmin, self.qmax, dtype).view(x.shape)
 
     def observe(self, x: Tensor) -> None:
         """Gather what ``fit`` needs: a weight is kept as it is, activations over any number of calls in bounded memory.
