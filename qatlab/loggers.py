@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from qatlab.cache import atomic
 from qatlab.config import Config
@@ -16,6 +17,7 @@ from qatlab.errors import UserError, nearest
 from qatlab.results import Run, is_rank_zero
 
 MODES = ("auto", "online", "offline", "disabled")
+PATIENCE = 60.0  # seconds that a server may take to open a run, and at its end to take what it has not yet got
 
 
 def wandb_mode(mode: str) -> str:
@@ -47,6 +49,71 @@ def _asked_for(mode: str) -> tuple[str, str]:
     return option, mode
 
 
+class Wandb(WandbLogger):
+    """Lightning's logger for Weights & Biases, except that no fault of the server or of wandb's own process ends a run.
+
+    A server that does not open the run leaves it offline, one that stops answering later gets its share of ``PATIENCE``
+    at the end, and without wandb's process only the CSV goes on. Each is said once.
+    """
+
+    def __init__(self, folder: Path, project: str, entity: str | None, name: str, id: str, offline: bool) -> None:
+        # reinit: a run of its own for each of several in one process. The mode goes into the settings too: WANDB_MODE,
+        # which Lightning sets, is read only once per process.
+        options: dict[str, Any] = {"entity": entity, "reinit": "create_new", "settings": _settings(offline)}
+        super().__init__(name=name, id=id, project=project, save_dir=folder, offline=offline, **options)
+        self._wandb_init.pop("anonymous", None)  # wandb warns about it even when it is None
+        self._folder, self._lost = folder, False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Return wandb's run, begun at the first call."""
+        try:
+            return super().experiment
+        except wandb.errors.CommError as error:
+            print(f"W&B: {_first_line(error)}; the curves are kept offline.", flush=True)
+            wandb.teardown()  # its process holds the id of the run that did not open
+            self._offline = True
+            self._wandb_init["settings"] = _settings(offline=True)
+            return super().experiment
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Add the values at ``step``."""
+        if self._lost:
+            return
+        try:
+            super().log_metrics(metrics, step)
+        except ConnectionError as error:  # wandb's own process is gone
+            self._lost = True
+            print(f"W&B: {_first_line(error)}; the curves are kept in {self._folder / 'curves'}.", flush=True)
+
+    def finish(self) -> Path | None:
+        """Wait until the server has everything; returns the folder of the run where it did not take it in time."""
+        if self._experiment is None or self._lost:
+            return None
+        try:
+            self._experiment.finish()
+        except TimeoutError:
+            unsent = Path(self._experiment.settings.sync_dir)
+            print(f"W&B: no answer for {PATIENCE:g} s; the curves are kept in {unsent}.", flush=True)
+            return unsent
+        return None
+
+
+def _settings(offline: bool) -> Any:
+    return wandb.Settings(
+        silent=True,
+        mode="offline" if offline else "online",
+        init_timeout=PATIENCE,
+        finish_timeout=PATIENCE,
+        finish_timeout_raises=True,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0].rstrip(".")
+
+
 def build_loggers(config: Config, run: Run, recipe: str) -> list[Logger]:
     """Return the CSV logger, and W&B's unless it is disabled; nothing is written before the first value."""
     loggers: list[Logger] = [CSVLogger(run.folder, name="curves")]
@@ -54,19 +121,10 @@ def build_loggers(config: Config, run: Run, recipe: str) -> list[Logger]:
     if not (config.fit.steps and is_rank_zero()):
         return loggers  # no curves: the server is not asked
     if (mode := wandb_mode(config.wandb.mode)) != "disabled":
-        # The mode goes into the settings too: WANDB_MODE, which Lightning sets, is read only once per process.
-        settings: Any = wandb.Settings(silent=True, mode="offline" if mode == "offline" else "online")
-        logger = WandbLogger(
-            name=f"{recipe}-{run.id}",
-            id=run.id,
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            save_dir=run.folder,
-            offline=mode == "offline",
-            settings=settings,
+        wandb_run = Wandb(
+            run.folder, config.wandb.project, config.wandb.entity, f"{recipe}-{run.id}", run.id, mode == "offline"
         )
-        logger._wandb_init.pop("anonymous", None)  # wandb warns about it even when it is None
-        loggers.append(logger)
+        loggers.append(wandb_run)
     return loggers
 
 

@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""The reliability diagram, and the style that it shares with other pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from matplotlib.ticker import PercentFormatter
 from qatlab.cache import atomic
 from qatlab.metrics.calibration import Bins, confidence_gap, expected_calibration_error, reliability_bins
 
-_ACCURACY, _OVER, _UNDER, _INK, _FAINT = "#4c78a8", "#f0a08a", "#8cc7b0", "#333333", "#b8b8b8"
+INK, FAINT = "#333333", "#b8b8b8"
+_ACCURACY, _OVER, _UNDER = "#4c78a8", "#f0a08a", "#8cc7b0"
 _GAP: dict[str, Any] = {"hatch": "////", "edgecolor": "white", "linewidth": 0}
 
 
@@ -38,15 +39,15 @@ def reliability_diagram(panels: Sequence[tuple[str, Any, Any]], path: Path, n_bi
         bins = reliability_bins(confidence, correct, n_bins)
         ece = expected_calibration_error(confidence, correct, n_bins)
         _bars(above, bins, n_bins)
-        above.set_title(title, fontsize=11, color=_INK, pad=20)
+        above.set_title(title, fontsize=11, color=INK, pad=20)
         gap = f"{confidence_gap(confidence, correct):+.1%}".replace("-", "−")
         accuracy = np.nansum(bins.images * bins.accuracy) / bins.images.sum()
         # Above the panel, where no bar is.
         text = f"top-1 {accuracy:.1%}    ECE {ece:.1%}    confidence − accuracy {gap}"
-        above.text(0.5, 1.02, text, transform=above.transAxes, ha="center", va="bottom", fontsize=8, color=_INK)
+        above.text(0.5, 1.02, text, transform=above.transAxes, ha="center", va="bottom", fontsize=8, color=INK)
         _histogram(below, bins, n_bins)
-    axes[0, 0].set_ylabel("accuracy", color=_INK)
-    axes[1, 0].set_ylabel("images", color=_INK)
+    axes[0, 0].set_ylabel("accuracy", color=INK)
+    axes[1, 0].set_ylabel("images", color=INK)
     _legend(figure, len(panels))
     with atomic(Path(path)) as temporary:
         figure.savefig(temporary, facecolor="white")
@@ -62,32 +63,33 @@ def _bars(axes: Axes, bins: Bins, n_bins: int) -> None:
     axes.bar(centers, confidence - accuracy, width, accuracy, color=colors, **_GAP, zorder=3)
     edges = np.flatnonzero(filled) / n_bins
     axes.hlines(accuracy, edges + 0.06 / n_bins, edges + 0.94 / n_bins, color="#2d5a8c", linewidth=1.6, zorder=4)
-    axes.plot([0, 1], [0, 1], "--", color=_INK, linewidth=1, zorder=5)
+    axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, zorder=5)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _plain(axes)
+    plain(axes)
 
 
 def _histogram(axes: Axes, bins: Bins, n_bins: int) -> None:
     """Draw how many images fall into each bin, and where their mean confidence lies."""
-    axes.bar((np.arange(n_bins) + 0.5) / n_bins, bins.images, 0.88 / n_bins, color=_FAINT, zorder=2)
+    axes.bar((np.arange(n_bins) + 0.5) / n_bins, bins.images, 0.88 / n_bins, color=FAINT, zorder=2)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    axes.set_xlabel(f"confidence  ({bins.images.sum():,} images)", color=_INK)
-    _plain(axes)
+    axes.set_xlabel(f"confidence  ({bins.images.sum():,} images)", color=INK)
+    plain(axes)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Give the axes the style of every picture: a faint grid, no frame on top and right, small grey figures."""
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(color=_FAINT, labelcolor=_INK, labelsize=8.5)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=8.5)
 
 
 def _legend(figure: Figure, n_panels: int) -> None:
     handles = [
-        Line2D([], [], color=_INK, linestyle="--", linewidth=1, label="calibrated"),
+        Line2D([], [], color=INK, linestyle="--", linewidth=1, label="calibrated"),
         Patch(color=_ACCURACY, label="accuracy"),
         Patch(facecolor=_OVER, **_GAP, label="overconfident by"),
         Patch(facecolor=_UNDER, **_GAP, label="underconfident by"),
@@ -98,5 +100,5 @@ def _legend(figure: Figure, n_panels: int) -> None:
         ncols=2 if n_panels == 1 else 4,
         frameon=False,
         fontsize=8.5,
-        labelcolor=_INK,
+        labelcolor=INK,
     )

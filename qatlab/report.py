@@ -1,4 +1,4 @@
-"""What a run leaves on the terminal and beside its rows: the table, the reliability diagram, the paths."""
+"""What a run leaves on the terminal and beside its rows: the table, the pictures, the paths."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import polars as pl
 from rich.console import Console
 
-from qatlab.loggers import merge_curves
+from qatlab.curves import draw_curves
+from qatlab.loggers import Wandb, merge_curves
 from qatlab.plots import reliability_diagram
 from qatlab.table import TITLES, results_table
 
 
 def conclude(study: Any) -> None:
-    """Print the table of the suite's stored rows and the paths of what was written; draw the reliability diagram, on rank zero."""
+    """Print the table of the suite's stored rows and the paths of what was written; draw the pictures, on rank zero."""
     if not study.trainer.is_global_zero:
         return
     terminal = Console().is_terminal
@@ -39,12 +40,15 @@ def conclude(study: Any) -> None:
             (p for p in (run.folder / "model.safetensors", run.folder / "quantized.safetensors") if p.exists()), None
         ),
         "reliability": reliability,
+        "curves drawn": curves and draw_curves(curves, run.folder / "curves.png"),
     }
     for name, path in written.items():
         if path and Path(path).exists():
             console.print(f"{name:22} {path}", highlight=False)
-    for offline in sorted((run.folder / "wandb").glob("offline-run-*")):
-        console.print(f"{'W&B (offline)':22} {offline}   (upload: wandb sync {offline})", highlight=False)
+    unsent = [folder for logger in study.trainer.loggers if isinstance(logger, Wandb) if (folder := logger.finish())]
+    for folder in [*sorted((run.folder / "wandb").glob("offline-run-*")), *unsent]:
+        title = "W&B (not uploaded)" if folder in unsent else "W&B (offline)"
+        console.print(f"{title:22} {folder}   (upload: wandb sync {folder})", highlight=False)
 
 
 def draw_reliability(study: Any) -> Path | None:

@@ -25,7 +25,7 @@ def help_text(program: str, own: Path | None = None, needs_recipe: bool = True) 
     parts = [f"usage: {program} {recipe} [group=choice] [option=value] ...", "", "recipes"]
     parts += [f"  {name:22} {line}" for name, line in recipe_lines(own)]
     parts += ["", "groups"]
-    parts += [f"  {group + '=':16} {' | '.join(recipe_files(group, own))}" for group in GROUPS]
+    parts += [f"  {group + '=':16} {' | '.join(recipe_files(group, own))}" for group in [*GROUPS, "sweep"]]
     parts += ["", "blocks (a _target_ and the options it takes)"]
     for title, key, block in blocks(own):
         shown = " ".join(f"{option}={_shown(value)}" for option, value in block.items() if option != "_target_")
@@ -64,7 +64,7 @@ def known_keys(own: Path | None = None) -> list[str]:
     of_blocks = [f"{key}.{option}" for _, key, block in blocks(own) for option in block]
     callbacks = [f"callbacks.{name}" for name in default_callbacks()]
     sections = [entry.name for entry in fields(Config) if entry.name not in ("defaults", "hydra")]
-    return list(dict.fromkeys(["recipe", *GROUPS, *sections, *options, *callbacks, *of_blocks]))
+    return list(dict.fromkeys(["recipe", "sweep", *GROUPS, *sections, *options, *callbacks, *of_blocks]))
 
 
 def option_sentences(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, str]]:

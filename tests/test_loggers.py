@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import wandb
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 
 from qatlab.config import compose
 from qatlab.errors import UserError
-from qatlab.loggers import MODES, build_loggers, merge_curves, wandb_mode
+from qatlab.loggers import MODES, Wandb, build_loggers, merge_curves, wandb_mode
 from qatlab.results import Run
 
 
@@ -106,7 +106,7 @@ def build(tmp_path: Path, *overrides: str) -> tuple[list[Any], Run]:
 def test_csv_is_always_written_and_wandb_beside_it(tmp_path):
     (curves, online), run = build(tmp_path, "wandb.mode=offline", "wandb.project=p")
     assert isinstance(curves, CSVLogger)
-    assert isinstance(online, WandbLogger)
+    assert isinstance(online, Wandb)
     assert online._offline
     assert (online.name, online.version) == ("p", run.id)
     assert Path(online.save_dir) == run.folder
@@ -181,3 +181,27 @@ def test_without_curves_nothing_is_written(tmp_path):
     (tmp_path / "curves/version_0/metrics.csv").touch()
     assert merge_curves(tmp_path) is None
     assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_run_outlives_wandbs_own_process(tmp_path, monkeypatch, capsys):
+    class Gone:
+        """wandb's run after its process was killed."""
+
+        def log(self, _: object) -> None:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+        finish = log
+
+    (_, logger), run = build(tmp_path, "wandb.mode=offline")
+    logger._experiment = Gone()
+    for step in range(3):
+        logger.log_metrics({"train/loss": 1.0}, step)
+    assert logger.finish() is None
+    said = capsys.readouterr().out
+    assert said == f"W&B: [Errno 104] Connection reset by peer; the curves are kept in {run.folder / 'curves'}.\n"
+
+
+def test_finishing_what_never_began_does_nothing(tmp_path):
+    (_, logger), run = build(tmp_path, "wandb.mode=offline")
+    assert logger.finish() is None
+    assert list(run.folder.iterdir()) == []
