@@ -90,6 +90,10 @@ class QuantConfig:
     """Quantize the final projection too."""
     calibration_images: int = 64
     """Images of the caption data that set the activation scales: the first ones, in shard order."""
+    kernels: str = "auto"
+    """How rounding is computed: eager | compiled (by torch.compile, half a minute) | auto (compiled on CUDA and in long runs)."""
+    matmul: str = "float"
+    """Products while training: float (exact) | int8 (integer forward) | bf16 (codes in bfloat16; 0.3 % off)."""
 
 
 @dataclass
@@ -146,6 +150,12 @@ class FitConfig:
     """Steps between training checkpoints."""
     workers: int = 2
     """Data-loading processes per device."""
+    micro_batch: int | None = None
+    """Images per forward and backward on each device; the loss stays that of the whole batch. null: what fits into free memory."""
+    teacher_bf16: bool = False
+    """Run the unquantized teacher in bfloat16 (autocast)."""
+    profile: bool = False
+    """Write a profiler trace of a few steps and print where the time of training went."""
 
 
 @dataclass
@@ -205,6 +215,7 @@ class Config:
             {"quant/weight": "minmax"},
             {"quant/act": "minmax"},
             {"recipe": None},
+            {"sweep": None},
             {"override hydra/job_logging": "none"},
             {"override hydra/hydra_logging": "none"},
         ]
@@ -255,8 +266,9 @@ def register() -> None:
     """Make the options and every file under recipes/ known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="qatlab", node=Config)
-    for name, path in recipe_files().items():
-        store.store(group="recipe", name=name, node=OmegaConf.load(path), package="_global_")
+    for group, folder in (("recipe", ""), ("sweep", "sweep")):
+        for name, path in recipe_files(folder).items():
+            store.store(group=group, name=name, node=OmegaConf.load(path), package="_global_")
     for group in GROUPS:
         for name, path in recipe_files(group).items():
             store.store(group=group, name=name, node=OmegaConf.load(path))
@@ -278,6 +290,7 @@ _SMALLEST = {
     "fit.eval_every": 0,
     "fit.checkpoint_every": 1,
     "fit.workers": 0,
+    "fit.micro_batch": 1,
     "suite.images": 1,
     "suite.probe_images": 1,
     "suite.batch_size": 1,

@@ -18,7 +18,7 @@ class Features:
     """The features of one batch, all unit vectors; None where the objectives in use do not need them.
 
     ``student``, ``teacher`` (B, D); ``captions`` (B, D) text of each image; ``bank`` (T, D) texts that logits are formed
-    with; ``classes`` (C, D) class prompts; ``labels`` (B,); ``same`` (B, B) bool, True where two captions are equal;
+    with; ``classes`` (C, D) class prompts; ``labels`` (B,); ``caption_ids`` (B,), the same where two captions are;
     ``scale`` () the logit scale.
     """
 
@@ -29,7 +29,7 @@ class Features:
     bank: Tensor | None = None
     classes: Tensor | None = None
     labels: Tensor | None = None
-    same: Tensor | None = None
+    caption_ids: Tensor | None = None
 
 
 def contrastive(batch: Features) -> Tensor:
@@ -38,9 +38,9 @@ def contrastive(batch: Features) -> Tensor:
     Source: Radford et al. 2021, Figure 3; with all captions distinct it is exactly that.
     """
     assert batch.captions is not None
-    assert batch.same is not None
+    assert batch.caption_ids is not None
     logits = batch.scale * batch.student @ batch.captions.T
-    target = batch.same.float()
+    target = (batch.caption_ids[:, None] == batch.caption_ids).float()
     target = target / target.sum(1, keepdim=True)
     return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
@@ -103,13 +103,6 @@ class Objective:
         """Return every term () by name and their weighted sum as 'loss'."""
         terms = {name: OBJECTIVES[name](batch) for name in self.weights}
         return terms | {"loss": torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()}
-
-
-def caption_targets(captions: list[str]) -> Tensor:
-    """Return (B, B) bool, True where two captions are the same text."""
-    index: dict[str, int] = {}
-    ids = torch.tensor([index.setdefault(caption, len(index)) for caption in captions])
-    return ids[:, None] == ids[None, :]
 
 
 def teacher_probabilities(features: Tensor, texts: Tensor, scale: float) -> Tensor:

@@ -38,7 +38,8 @@ def batch() -> dict[str, Any]:
     images = torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)])
     captions = [f"a photo of a {CLASS_NAMES[i % 5]}" for i in range(8)]
     tokens = clips.load(ModelConfig()).tokenizer(captions)
-    return {"images": images, "captions": captions, "tokens": tokens, "labels": torch.arange(8), "skipped": {}}
+    ids = torch.tensor([i % 5 for i in range(8)])
+    return {"images": images, "caption_ids": ids, "tokens": tokens, "labels": torch.arange(8), "skipped": {}}
 
 
 @pytest.fixture

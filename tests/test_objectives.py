@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from qatlab.config import ObjectiveConfig
 from qatlab.errors import UserError
-from qatlab.objectives import OBJECTIVES, Features, Objective, caption_targets, teacher_probabilities
+from qatlab.objectives import OBJECTIVES, Features, Objective, teacher_probabilities
 
 CAPTIONS = ["a cat", "a dog", "a cat", "two cats", "a dog", "a cat"]
 
@@ -31,7 +31,7 @@ def batch() -> Features:
         bank=unit(9, 3),
         classes=unit(4, 4),
         labels=torch.tensor([0, 3, 1, 1, 2, 0]),
-        same=caption_targets(CAPTIONS),
+        caption_ids=torch.tensor([7, 4, 7, 9, 4, 7]),
     )
 
 
@@ -55,7 +55,7 @@ def test_contrastive_shares_the_target_among_equal_captions(batch: Features) -> 
 
 
 def test_contrastive_is_clips_own_loss_when_captions_differ(batch: Features) -> None:
-    batch.same = caption_targets([f"caption {i}" for i in range(6)])
+    batch.caption_ids = torch.arange(6)
     expected = open_clip.loss.ClipLoss()(batch.student, batch.captions, batch.scale)
     assert float(OBJECTIVES["contrastive"](batch)) == pytest.approx(float(expected), rel=1e-12)
 
@@ -122,11 +122,6 @@ def test_no_weight_or_a_negative_one_is_refused() -> None:
     with pytest.raises(UserError, match=r"objective\.kl=-1"):
         Objective(ObjectiveConfig(kl=-1.0))
     assert not any(asdict(ObjectiveConfig()).values())
-
-
-def test_caption_targets_mark_equal_texts() -> None:
-    expected = [[a == b for b in CAPTIONS] for a in CAPTIONS]
-    assert caption_targets(CAPTIONS).tolist() == expected
 
 
 def test_teacher_probabilities_are_a_softmax_in_float64() -> None:
