@@ -1,10 +1,23 @@
-"""Evaluations: each is fed with the embedded batches of a pass over a suite and gives rows at its end."""
+"""Evaluations, fed with the embedded batches of a pass over a suite, and what else looks at training or keeps it."""
 
 from qatlab.callbacks.calibration import Calibration
+from qatlab.callbacks.checkpoints import Checkpoints
+from qatlab.callbacks.curves import Curves
 from qatlab.callbacks.ood import OOD
 from qatlab.callbacks.predictions import Predictions
+from qatlab.callbacks.profile import Profile
 from qatlab.callbacks.progress import ProgressLines
 from qatlab.callbacks.results import Results
 from qatlab.callbacks.temperature import Temperature
 
-__all__ = ["OOD", "Calibration", "Predictions", "ProgressLines", "Results", "Temperature"]
+__all__ = [
+    "OOD",
+    "Calibration",
+    "Checkpoints",
+    "Curves",
+    "Predictions",
+    "Profile",
+    "ProgressLines",
+    "Results",
+    "Temperature",
+]

@@ -32,7 +32,7 @@ class Results(L.Callback):
         for row in rows:
             row.update(pl_module.facts, step=pl_module.step, prompts=pl_module.classes[row["reference"]].prompts)
         self.run.append(rows)
-        if trainer.state.fn == "fit":
+        if pl_module.views[0].stage == "probe":  # inside training, or made up for when it goes on
             values = {f"probe/{r['dataset']}/{r['score']}/{name}": v for r in rows for name, v in r["metrics"].items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=pl_module.step)

@@ -21,6 +21,7 @@ from qatlab.blocks import check_blocks
 from qatlab.config import GROUPS, Config, as_config
 from qatlab.errors import QUOTED_SHARDS, UserError
 from qatlab.mistakes import explain
+from qatlab.stopping import EXIT_INTERRUPTED, Stopped
 from qatlab.usage import help_text, recipe_lines
 
 Task = Callable[[Config, str], Any]
@@ -51,11 +52,18 @@ def main(task: Task, needs_recipe: bool = True) -> None:
             raise
         print(f"qatlab: {sentence}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        # Lightning kills a group in which a process other than the first ends with anything but 0.
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if first:
+            print(
+                f"qatlab: stopped by {stopped}; the same command goes on from the last checkpoint or finished stage.",
+                file=sys.stderr,
+            )
+        sys.exit(stopped.exit_code if first else 0)
     except KeyboardInterrupt:
-        print(
-            "qatlab: interrupted; the same command goes on from the last finished stage or checkpoint.", file=sys.stderr
-        )
-        sys.exit(130)
+        print("qatlab: interrupted before anything was computed.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _is_override(argument: str) -> bool:
@@ -133,6 +141,6 @@ def _check(arguments: list[str], own: Path | None, needs_recipe: bool, program: 
                 raise UserError(f"{argument} is not known: options have no dashes, {argument.removeprefix('--')}.")
     if not needs_recipe:
         _check_evaluation(arguments)
-    if needs_recipe and not any(argument.startswith("recipe=") or argument in _FLAGS for argument in arguments):
+    if needs_recipe and not any(a.startswith(("recipe=", "sweep=")) or a in _FLAGS for a in arguments):
         listed = "\n".join(f"  {name:22} {line}" for name, line in recipe_lines(own))
         raise UserError(f"no recipe given; run `{program} recipe=<name>` with one of\n{listed}")

@@ -22,6 +22,7 @@ def evaluate(config: Config, recipe: str) -> Run:
     from qatlab.evaluation import View
     from qatlab.report import conclude
     from qatlab.results import Run
+    from qatlab.stopping import StopSignals
     from qatlab.study import Study
 
     if config.checkpoint is not None:
@@ -37,9 +38,9 @@ def evaluate(config: Config, recipe: str) -> Run:
         config.quant, config.objective, config.optim = QuantConfig(), ObjectiveConfig(), OptimConfig()
         config.fit = FitConfig(workers=config.fit.workers)
         run = Run(config, recipe)
-    with run:
+    with run, StopSignals() as stop:
         run.describe(recipe)
-        study = Study(config, run, recipe)
+        study = Study(config, run, recipe, stop)
         if folder:
             study.require_finished()
         if study.trainer.is_global_zero:

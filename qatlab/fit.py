@@ -21,6 +21,7 @@ def fit(config: Config, recipe: str) -> Run:
     from qatlab.evaluation import View
     from qatlab.report import conclude
     from qatlab.results import Run
+    from qatlab.stopping import StopSignals
     from qatlab.study import Study
 
     if config.checkpoint is not None:
@@ -28,9 +29,9 @@ def fit(config: Config, recipe: str) -> Run:
             f"checkpoint={config.checkpoint} names a run to score, with qatlab.evaluate; weights to start from are "
             "model.checkpoint=."
         )
-    with Run(config, recipe) as run:
+    with Run(config, recipe) as run, StopSignals() as stop:
         run.describe(recipe)
-        study = Study(config, run, recipe)
+        study = Study(config, run, recipe, stop)
         if study.trainer.is_global_zero:
             print(study.plan(), flush=True)
         last = study.stages[-1]

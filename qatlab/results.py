@@ -21,6 +21,7 @@ from typing import Any
 import polars as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from qatlab.cache import full_disk_named
 from qatlab.config import Config, save
 from qatlab.errors import UserError
 from qatlab.evaluation import Row
@@ -28,24 +29,33 @@ from qatlab.evaluation import Row
 # What decides the trained model. Where it runs, how it is watched and on what it is scored are left out: the same run may
 # go on with other devices, and new evaluations are added to it.
 _IDENTITY = ["model", "data", "quant", "objective", "optim", "fit", "seed"]
-_NOT_IDENTITY = {"fit": ["eval_every", "checkpoint_every", "workers"]}
+_NOT_IDENTITY = {
+    "fit": ["eval_every", "checkpoint_every", "workers", "micro_batch", "profile"],
+    "quant": ["kernels"],
+    "data": ["cache"],
+}
 _ASIDE = re.compile(r"\.\d{8}-\d{6}$")  # the end of the name of a run folder that force=true moved
 _KEY = ["run_id", "stage", "step", "dataset", "definition", "score", "prompts"]
 
 
 def run_id(config: Config) -> str:
-    """Return eight hex digits: a hash of everything in ``config`` that decides the trained model, equal on every rank."""
+    """Return eight hex digits: a hash of ``identity``, equal on every rank."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def identity(config: Config) -> Row:
+    """Return everything in ``config`` that decides the trained model, by dotted option."""
     options = dataclasses.asdict(config)
-    identity = {name: options[name] for name in _IDENTITY} | {"precision": config.trainer.precision}
+    deciding = {name: options[name] for name in _IDENTITY} | {"precision": config.trainer.precision}
     if config.quant.rules:  # the first match wins, so their order counts
-        identity["quant"]["rules"] = list(config.quant.rules.items())
+        deciding["quant"]["rules"] = list(config.quant.rules.items())
     for group, names in _NOT_IDENTITY.items():
-        identity[group] = {key: value for key, value in identity[group].items() if key not in names}
+        deciding[group] = {key: value for key, value in deciding[group].items() if key not in names}
     # A file is known by what is in it: the same path may hold other weights tomorrow.
     for file in filter(None, (config.model.checkpoint, (config.model.text_features or "").partition(":")[0])):
         if Path(file).is_file():
-            identity[f"content of {file}"] = _sha256(Path(file))
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+            deciding[f"content of {file}"] = _sha256(Path(file))
+    return dict(_flat(deciding))
 
 
 def _sha256(file: Path) -> str:
@@ -175,9 +185,10 @@ class Run:
             stored = self.results.read_bytes()
             if stored and not stored.endswith(b"\n"):
                 text = "\n" + text
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+            with full_disk_named(self.results):
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
 
     def _common(self) -> Row:
         options = dataclasses.asdict(self.config)

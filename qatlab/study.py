@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,22 +15,26 @@ import lightning as L
 import polars as pl
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qatlab import clip as clips
 from qatlab.cache import atomic
-from qatlab.callbacks import Temperature
+from qatlab.callbacks import Checkpoints, Curves, Profile, Temperature
+from qatlab.checkpoints import last_whole, require_same
 from qatlab.config import Config, QuantConfig
 from qatlab.data import Captioned, CaptionModule, SkipCounter
 from qatlab.data.embedded import CLASS_NAMES
 from qatlab.data.suites import Suite, build_suite
 from qatlab.errors import UserError
 from qatlab.evaluation import View
+from qatlab.faults import faults_named
 from qatlab.module import Student
 from qatlab.objectives import teacher_probabilities
 from qatlab.quant import calibrate, layer_report, quantize, verify
-from qatlab.results import Run
+from qatlab.results import Run, identity
+from qatlab.stopping import Stopped, StopSignals
 from qatlab.trainer import build_trainer, quiet
 from qatlab.zeroshot import encode_text
 
@@ -56,7 +61,7 @@ def quantized_copy(visual: nn.Module, config: QuantConfig) -> nn.Module:
 class Study:
     """One run's model, data, suite and trainer; each method is a stage, and skips what the run folder already has."""
 
-    def __init__(self, config: Config, run: Run, recipe: str) -> None:
+    def __init__(self, config: Config, run: Run, recipe: str, stop: StopSignals) -> None:
         quiet()
         L.seed_everything(config.seed, verbose=False)
         if config.fit.from_scratch and is_quantized(config.quant):
@@ -64,7 +69,7 @@ class Study:
                 "fit.from_scratch=true trains both towers in full precision: set quant.weight=null and quant.act=null, "
                 "and quantize what comes out in a run of its own."
             )
-        self.config, self.run, self.recipe = config, run, recipe
+        self.config, self.run, self.recipe, self.stop = config, run, recipe, stop
         self.callbacks = {name: instantiate(block) for name, block in config.callbacks.items() if block}
         evaluations = [callback for callback in self.callbacks.values() if isinstance(callback, L.Callback)]
         self.progress: dict[str, int] = {}
@@ -199,7 +204,7 @@ class Study:
         loaders = self._loaders(suite)
         self.computed = True
         self.progress["batches"] = sum(len(loader) for loader in loaders)
-        with self._interruptible():
+        with self._stoppable():
             self.trainer.validate(module, dataloaders=loaders, verbose=False)
 
     def quantize(self) -> None:
@@ -230,19 +235,18 @@ class Study:
             trained.load_state_dict(load_file(stored))
             self.module.logit_scale = self._state()["logit_scale"]
             return
-        checkpoint = max(
-            (self.run.folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime, default=None
-        )
-        self._say(f"training{f' on from {checkpoint.name}' if checkpoint else ''}")
+        path, checkpoint = self._last_checkpoint()
+        self._say(f"training{f' on from {path.name}' if path else ''}")
         module = self.module
         module.run_folder, module.scored_step = None, None
         module.facts = self.facts(self.stages[-1])
-        batches = self._caption_batches(checkpoint)
-        with self._interruptible():
+        batches = self._caption_batches(checkpoint.get("global_step", 0))
+        self.trainer.callbacks += self._while_training()  # type: ignore[attr-defined]
+        with self._stoppable():
             self.trainer.fit(
                 self.module,
                 datamodule=batches,
-                ckpt_path=checkpoint and str(checkpoint),
+                ckpt_path=path and str(path),
                 weights_only=True,
             )
         # Looped samples are the same on every rank, streamed ones are divided.
@@ -316,15 +320,47 @@ class Study:
             self._captioned = self.data.first(images, self.clip.preprocess)
         return self._captioned
 
-    def _caption_batches(self, checkpoint: Path | None) -> CaptionModule:
+    def _caption_batches(self, start: int) -> CaptionModule:
         fit = self.config.fit
-        start = 0
-        if checkpoint is not None:  # mapped, so that only the step is read: the trainer loads the rest
-            start = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"]
         return CaptionModule(
             self.data, self.clip.preprocess, self.clip.tokenizer, fit.batch_size, fit.unique_samples, fit.workers,
             self.config.seed, fit.steps, start, self._probe_loaders(),
         )  # fmt: skip
+
+    @property
+    def _made_with(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with for training to go on from it."""
+        return {**identity(self.config), "the training data": self.data.fingerprint()}
+
+    def _while_training(self) -> list[L.Callback]:
+        fit, folder = self.config.fit, self.run.folder
+        saving = Checkpoints(folder / "checkpoints", fit.checkpoint_every, fit.eval_every, self.stop, self._made_with)
+        return [Curves(self._few_images), saving, *([Profile(folder)] if fit.profile else [])]
+
+    def _few_images(self) -> Tensor:
+        return self.clip.preprocess.normalize(self.captioned().images[:REPORT_IMAGES])
+
+    def _last_checkpoint(self) -> tuple[Path | None, dict[str, Any]]:
+        """Return the last whole checkpoint and its content; a probe that was cut short behind it is made up for."""
+        path, content, damaged = last_whole(self.run.folder / "checkpoints")
+        for line in damaged:
+            self._say(f"{line}: going on from {path.name if path else 'the start'}")
+        if path is None:
+            return None, {}
+        require_same(path, content, self._made_with)
+        step, every = content["global_step"], self.config.fit.eval_every
+        probed = {row["step"] for row in self.run.rows() if row["stage"] == "probe"}
+        if self.probe is not None and every and step % every == 0 and step not in probed:
+            self._say(f"step {step}: the probe that was cut short")
+            before = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+            scale = self.module.logit_scale
+            self.module.on_load_checkpoint(content)
+            self.module.load_state_dict(content["state_dict"])
+            self._pass(self.probe, [View("probe", self.module.logit_scale)], step, folder=None)
+            # Training restores the checkpoint itself, and measures how far the scales have moved from here.
+            self.module.load_state_dict(before)
+            self.module.logit_scale = scale
+        return path, content
 
     def _loaders(self, suite: Suite) -> list[Any]:
         world = self.trainer.world_size
@@ -339,13 +375,14 @@ class Study:
         return self._loaders(self.probe)
 
     @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Turn the SystemExit that Lightning makes of Ctrl-C back into what it was."""
+    def _stoppable(self) -> Iterator[None]:
+        """Take the processes that this one started along when it is stopped; what went wrong with them is told in a sentence."""
         try:
-            yield
-        except SystemExit:
-            if self.trainer.interrupted:
-                raise KeyboardInterrupt from None
+            with faults_named(self.config, self.trainer):
+                yield
+        except Stopped:
+            if isinstance(launcher := self.trainer.strategy.launcher, _SubprocessScriptLauncher):
+                launcher.kill(signal.SIGTERM)
             raise
 
     def _state(self, **news: float) -> dict[str, float]:

@@ -9,9 +9,10 @@ import warnings
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 
 from qatlab.callbacks import ProgressLines, Results
+from qatlab.checkpoints import AtomicCheckpointIO
 from qatlab.config import Config
 from qatlab.data.module import check_batch
 from qatlab.errors import UserError
@@ -20,19 +21,19 @@ from qatlab.results import Run
 
 
 def build_trainer(
-    config: Config, run: Run, recipe: str, evaluations: list[L.Callback], progress: dict[str, int]
+    config: Config, run: Run, recipe: str, callbacks: list[L.Callback], progress: dict[str, int]
 ) -> L.Trainer:
     """Return the trainer; ``progress`` is told the batches of each pass, for lines where there is no terminal for a bar.
 
-    Raises UserError for trainer options that this machine cannot meet, and for a global batch that its devices cannot share.
+    ``callbacks`` come before those that every run has. Raises UserError for trainer options that this machine cannot meet,
+    and for a global batch that its devices cannot share.
     """
     fit, where = config.fit, config.trainer
     if fit.steps:
         check_batch(fit.batch_size, where.devices * where.num_nodes)  # here already, before anything is scored
     terminal = sys.stdout.isatty()
-    checkpoints = run.folder / "checkpoints"
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=_accelerator(where.accelerator),
             devices=where.devices,
             num_nodes=where.num_nodes,
@@ -46,11 +47,12 @@ def build_trainer(
             log_every_n_steps=1,
             logger=build_loggers(config, run, recipe),
             callbacks=[
-                *evaluations,
+                *callbacks,
                 Results(run),
-                ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=fit.checkpoint_every, save_top_k=1),
                 RichProgressBar(leave=True) if terminal else ProgressLines(progress),
             ],
+            plugins=[AtomicCheckpointIO()],
+            enable_checkpointing=False,  # qatlab.callbacks.Checkpoints knows about probes and signals
             enable_progress_bar=terminal,
             enable_model_summary=False,
             use_distributed_sampler=False,  # the loaders already divide the images: no image twice
@@ -60,6 +62,9 @@ def build_trainer(
     except (MisconfigurationException, ValueError) as error:
         asked = ", ".join(f"trainer.{name}={value}" for name, value in vars(where).items())
         raise UserError(f"{asked} cannot be met here: {str(error).split(chr(10))[0].strip()}") from error
+    # Lightning's own handler of SIGTERM starts a collective from wherever the signal struck; qatlab.stopping has the signals.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def _accelerator(asked: str) -> str:

@@ -6,11 +6,8 @@ import contextlib
 import io
 import json
 import math
-import signal
-import subprocess
-import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,6 @@ from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet, write_caption_shards
 from qatlab.errors import UserError
 from qatlab.evaluate import evaluate
 from qatlab.fit import fit
-from qatlab.module import Student
 from qatlab.results import Run
 from qatlab.study import quantized_copy
 from qatlab.zeroshot import class_features, encode_text
@@ -365,112 +361,14 @@ def test_results_of_other_images_are_not_mistaken_for_these(small_fit: Fit, tmp_
     assert table != other  # each shows its own images' numbers, whichever were stored last
 
 
-# -- stopped and resumed ---------------------------------------------------------------------------------------------
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from conftest import run_small
-from qatlab.module import Student
-
-step = Student.training_step
-
-def killing(self, batch, batch_idx):
-    if self.global_step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, batch_idx)
-
-Student.training_step = killing
-run_small(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
-"""
-LONGER = ["fit.steps=4", "fit.checkpoint_every=2", "fit.lr=1e-4"]
+# -- progress, and a stop after the last step ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def unstopped_run(small_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    return listened(small_fit, "light_qat_lsq_pc", tmp_path_factory.mktemp("unstopped"), *LONGER)
-
-
-@pytest.fixture
-def unstopped(unstopped_run: Done) -> Run:
-    return unstopped_run.run
-
-
-def test_the_time_left_is_told_of_passes_and_training_alone(unstopped_run: Done) -> None:
+def test_the_time_left_is_told_of_passes_and_training_alone(small_fit: Fit, tmp_path: Path) -> None:
     """The probes inside training, of two batches each, are no steps."""
-    lines = unstopped_run.said.splitlines()
+    lines = listened(small_fit, "light_qat_lsq_pc", tmp_path, "fit.steps=4").said.splitlines()
     told = [line.split(",")[0].strip() for line in lines if line.endswith("s left")]
     assert told == ["3/3 batches", "3/3 batches", "3/4 steps", "3/3 batches"]
-
-
-@pytest.fixture
-def sigint() -> Iterator[None]:
-    """Lightning ignores further Ctrl-C once it was stopped by one; the next tests shall not."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-def equal_but_for_the_past(run: Run, other: Run) -> bool:
-    return run.rows() == other.rows() and snapshot(run.folder) == snapshot(other.folder)
-
-
-@pytest.mark.usefixtures("sigint")
-def test_a_run_stopped_in_training_goes_on_from_its_checkpoint(
-    small_fit: Fit, unstopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Student.training_step
-
-    def stopping(self: Student, batch: Any, batch_idx: int) -> Any:
-        if self.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Student, "training_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            small_fit("light_qat_lsq_pc", tmp_path, *LONGER)
-    done = listened(small_fit, "light_qat_lsq_pc", tmp_path, *LONGER)
-    assert "training on from step=2.ckpt" in done.said
-    assert "fp32: scoring" not in done.said
-    assert "calibrating" not in done.said
-    assert equal_but_for_the_past(done.run, unstopped)
-
-
-def test_a_killed_run_goes_on_from_its_checkpoint(
-    small_fit: Fit, unstopped: Run, tmp_path: Path, subprocess_environment: dict[str, str]
-) -> None:
-    command = ["light_qat_lsq_pc", str(tmp_path), *LONGER]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=subprocess_environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    (folder,) = tmp_path.iterdir()
-    assert not (folder / "model.safetensors").exists()
-    with (folder / "results.jsonl").open("a") as file:
-        file.write('{"run_id": "half-wri')
-    done = listened(small_fit, "light_qat_lsq_pc", tmp_path, *LONGER)
-    assert "training on from step=2.ckpt" in done.said
-    assert snapshot(folder)["model.safetensors"] == snapshot(unstopped.folder)["model.safetensors"]
-    assert done.rows == unstopped.rows()
-
-
-@pytest.mark.usefixtures("sigint")
-def test_a_run_stopped_while_scoring_repeats_that_pass_alone(
-    small_fit: Fit, runs: Callable[[str], Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    score = Student.validation_step
-
-    def stopping(self: Student, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        if self.scored_views[0].stage == "quantized" and dataloader_idx == 1:
-            raise KeyboardInterrupt
-        return score(self, batch, batch_idx, dataloader_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Student, "validation_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            small_fit("ptq", tmp_path)
-    done = listened(small_fit, "ptq", tmp_path)
-    assert "fp32: scoring" not in done.said
-    assert done.rows == runs("ptq").rows
 
 
 def test_a_learned_logit_scale_outlives_a_stop_after_the_last_step(small_fit: Fit, tmp_path: Path) -> None:

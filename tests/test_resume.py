@@ -1,0 +1,385 @@
+"""A run that was stopped, killed or damaged at any point ends with the same weights, to the last bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qatlab.checkpoints import MADE_WITH, checkpoints
+from qatlab.config import Config
+from qatlab.data.module import StreamedBatches
+from qatlab.errors import UserError
+from qatlab.module import Student
+from qatlab.results import Run, read_rows
+
+Fit = Callable[..., Run]
+Options = Callable[..., Config]
+
+# Runs the command line, and strikes the process of one rank with a signal where it is told to.
+STRIKING = """
+import os, signal
+from qatlab.module import Student
+
+number, place, step, rank = os.environ["STRIKE"].split(",")
+
+def strike(module):
+    if module.global_step == int(step) and os.environ.get("LOCAL_RANK", "0") == rank:
+        os.kill(os.getpid(), int(number))
+
+train, validate = Student.training_step, Student.validation_step
+
+def training_step(self, batch, batch_idx):
+    if place == "train":
+        strike(self)
+    return train(self, batch, batch_idx)
+
+def validation_step(self, batch, batch_idx, dataloader_idx=0):
+    if place == self.views[0].stage and dataloader_idx == 1:
+        strike(self)
+    return validate(self, batch, batch_idx, dataloader_idx)
+
+Student.training_step, Student.validation_step = training_step, validation_step
+
+if __name__ == "__main__":
+    from qatlab.fit import main
+    main()
+"""
+RECIPE = "light_qat_lsq_pc"
+LOOPED = ["fit.steps=6", "fit.checkpoint_every=2", "fit.eval_every=3", "fit.lr=1e-4"]
+STREAMED = [*LOOPED, "fit.unique_samples=null"]
+Struck = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def command(
+    subprocess_environment: dict[str, str], small_options: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Struck:
+    """``command(output, strike, *options)``: the command line in a process of its own, struck by "signal,place,step,rank"."""
+    program = tmp_path_factory.mktemp("program") / "fit.py"
+    program.write_text(STRIKING)
+
+    def run(output: Path, strike: str, *options: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        given = {option.split("=")[0] for option in options}
+        base = [*small_options, "fit.batch_size=8", "fit.unique_samples=16"]
+        base = [option for option in base if option.split("=")[0] not in given]
+        line = [sys.executable, str(program), f"recipe={RECIPE}", f"output={output}", *base, *options]
+        environment = {**subprocess_environment, "STRIKE": strike, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(line, env=environment, cwd=output, capture_output=True, text=True, timeout=300, **more)
+
+    return run
+
+
+NOWHERE = "0,nowhere,0,0"
+
+
+def weights(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def the_run(output: Path) -> Path:
+    (folder,) = (path for path in output.iterdir() if (path / "config.yaml").exists())
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    """Sums come out otherwise with another number of threads; the processes here have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def unstopped(small_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Run]:
+    """``unstopped(options)``: that run without a stop, computed once."""
+    done: dict[str, Run] = {}
+
+    def get(options: list[str]) -> Run:
+        key = " ".join(options)
+        if key not in done:
+            done[key] = small_fit(RECIPE, tmp_path_factory.mktemp("unstopped"), *options)
+        return done[key]
+
+    return get
+
+
+def same(run: Run, other: Run) -> bool:
+    return weights(run.folder) == weights(other.folder) and run.rows() == other.rows()
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)], ids=["int", "term", "usr1"]
+)
+def test_a_signal_stops_behind_the_step_with_a_checkpoint(
+    command: Struck, small_fit: Fit, unstopped: Any, tmp_path: Path, number: int, code: int, capsys: Any
+) -> None:
+    stopped = command(tmp_path, f"{int(number)},train,4,0", *LOOPED)
+    assert stopped.returncode == code, stopped.stderr
+    assert stopped.stderr.strip().splitlines() == [
+        f"qatlab: stopped by {signal.Signals(number).name}; the same command goes on from the last checkpoint or finished stage."
+    ]
+    kept = [path.name for path in checkpoints(the_run(tmp_path) / "checkpoints")]
+    assert kept == ["step=5.ckpt", "step=4.ckpt"]
+    run = small_fit(RECIPE, tmp_path, *LOOPED)
+    assert "training on from step=5.ckpt" in capsys.readouterr().out
+    assert same(run, unstopped(LOOPED))
+
+
+def test_a_second_ctrl_c_stops_at_once(small_fit: Fit, unstopped: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    from qatlab.stopping import Stopped
+
+    step = Student.training_step
+
+    def impatient(self: Student, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "training_step", impatient)
+        with pytest.raises(Stopped):
+            small_fit(RECIPE, tmp_path, *LOOPED)
+    assert [path.name for path in checkpoints(the_run(tmp_path) / "checkpoints")] == ["step=3.ckpt", "step=2.ckpt"]
+    assert signal.getsignal(signal.SIGINT) == before
+    assert same(small_fit(RECIPE, tmp_path, *LOOPED), unstopped(LOOPED))
+
+
+def test_a_signal_while_scoring_repeats_that_pass_alone(
+    command: Struck, small_fit: Fit, unstopped: Any, tmp_path: Path, capsys: Any
+) -> None:
+    stopped = command(tmp_path, f"{int(signal.SIGTERM)},quantized,0,0", *LOOPED)
+    assert stopped.returncode == 75, stopped.stderr
+    run = small_fit(RECIPE, tmp_path, *LOOPED)
+    said = capsys.readouterr().out
+    assert "quantized: scoring" in said
+    assert "fp32: scoring" not in said
+    assert same(run, unstopped(LOOPED))
+
+
+# -- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "place", "step"),
+    [
+        (LOOPED, "train", 1),  # before any checkpoint
+        (LOOPED, "train", 5),
+        (LOOPED, "probe", 3),  # the probe's rows are made up for
+        (STREAMED, "train", 3),
+        ([*STREAMED, "fit.workers=2"], "train", 5),
+    ],
+    ids=["first", "looped", "probe", "streamed", "workers"],
+)
+def test_a_killed_run_ends_with_the_same_bits(
+    command: Struck, small_fit: Fit, unstopped: Any, tmp_path: Path, options: list[str], place: str, step: int
+) -> None:
+    killed = command(tmp_path, f"{int(signal.SIGKILL)},{place},{step},0", *options)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = the_run(tmp_path)
+    assert not (folder / "model.safetensors").exists()
+    with (folder / "results.jsonl").open("a") as file:
+        file.write('{"run_id": "half-wri')
+    run = small_fit(RECIPE, tmp_path, *options)
+    streamed = "fit.unique_samples=null" in options
+    other = unstopped(STREAMED if streamed else LOOPED)  # without workers: they change nothing
+    assert weights(run.folder) == weights(other.folder)
+    assert [row["metrics"] for row in sorted(run.rows(), key=order)] == [
+        row["metrics"] for row in sorted(other.rows(), key=order)
+    ]
+
+
+def order(row: dict[str, Any]) -> Any:
+    return row["stage"], row["step"], row["dataset"], row["score"]
+
+
+def test_two_processes_go_on_with_the_same_bits(command: Struck, tmp_path: Path) -> None:
+    """One is killed, the other does not live on; then one is told to stop, and both do, after the same step."""
+    options = [*STREAMED, "trainer.devices=2", "fit.workers=2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    assert command(whole, NOWHERE, *options).returncode == 0
+    killed = command(broken, f"{int(signal.SIGKILL)},train,3,1", *options)
+    assert killed.returncode != 0
+    stopped = command(broken, f"{int(signal.SIGTERM)},train,4,1", *options)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "training on from step=3.ckpt" in stopped.stdout
+    assert stopped.stderr.count("stopped by SIGTERM") == 1
+    assert checkpoints(the_run(broken) / "checkpoints")[0].name == "step=5.ckpt"
+    assert command(broken, NOWHERE, *options).returncode == 0
+    assert weights(the_run(broken)) == weights(the_run(whole))
+    assert len(read_rows(the_run(broken) / "results.jsonl")) == len(read_rows(the_run(whole) / "results.jsonl"))
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killed(command: Struck, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run that was killed at step 5: checkpoints of steps 3 and 4."""
+    output = tmp_path_factory.mktemp("killed")
+    assert command(output, f"{int(signal.SIGKILL)},train,5,0", *LOOPED).returncode == -signal.SIGKILL
+    return output
+
+
+@pytest.fixture
+def left(killed: Path, tmp_path: Path) -> Path:
+    """A copy of what that run left."""
+    return Path(shutil.copytree(killed, tmp_path / "left"))
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, empty])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    small_fit: Fit, unstopped: Any, left: Path, damage: Callable[[Path], None], capsys: Any
+) -> None:
+    last = the_run(left) / "checkpoints" / "step=4.ckpt"
+    damage(last)
+    run = small_fit(RECIPE, left, *LOOPED)
+    said = capsys.readouterr().out
+    assert re.search(rf"{re.escape(str(last))} is damaged \(.+\): going on from step=3\.ckpt", said)
+    assert "training on from step=3.ckpt" in said
+    assert same(run, unstopped(LOOPED))
+
+
+def test_without_a_whole_checkpoint_training_starts_over(
+    small_fit: Fit, unstopped: Any, left: Path, capsys: Any
+) -> None:
+    for path in checkpoints(the_run(left) / "checkpoints"):
+        empty(path)
+    run = small_fit(RECIPE, left, *LOOPED)
+    assert capsys.readouterr().out.count("is damaged") == 2
+    assert weights(run.folder) == weights(unstopped(LOOPED).folder)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_that_needs_trust(left: Path) -> None:
+    path = the_run(left) / "checkpoints" / "step=4.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert all(name.startswith("visual.") for name in content["state_dict"])  # neither teacher nor text tower
+    assert set(json.loads(content[MADE_WITH])) >= {"fit.lr", "quant.weight.bits", "the training data"}
+    trained = sum(value.nbytes for value in content["state_dict"].values())
+    assert path.stat().st_size < 3.1 * trained  # the weights and two moments each
+
+
+def test_frozen_weights_are_not_in_a_checkpoint_and_come_back(small: Options) -> None:
+    from qatlab import clip as clips
+
+    config = small(RECIPE)
+    clip = clips.load(config.model)
+    module = Student(config, clip, clip.visual)
+    for name, parameter in module.visual.named_parameters():
+        parameter.requires_grad_("ln_post" in name)
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    parameters = dict(module.named_parameters())
+    assert {name for name in checkpoint["state_dict"] if name in parameters} == {
+        "visual.ln_post.weight",
+        "visual.ln_post.bias",
+    }
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=True)
+
+
+def test_other_options_are_refused_and_the_difference_shown(small: Options, small_fit: Fit, left: Path) -> None:
+    folder = the_run(left)
+    other = [*LOOPED[:-1], "fit.lr=2e-4"]
+    folder.rename(folder.with_name(f"{RECIPE}-{Run(small(RECIPE, *other), RECIPE).id}"))
+    with pytest.raises(UserError, match=r"step=4\.ckpt belongs to another run: fit\.lr 0\.0001 there and 0\.0002 now"):
+        small_fit(RECIPE, left, *other)
+
+
+def test_other_training_data_is_refused(small_fit: Fit, left: Path, monkeypatch: Any) -> None:
+    from qatlab.data.captions import CaptionShards
+
+    monkeypatch.setattr(CaptionShards, "fingerprint", lambda self: "0" * 8)
+    with pytest.raises(UserError, match=r"the training data \w+ there and 00000000 now"):
+        small_fit(RECIPE, left, *LOOPED)
+
+
+# -- the machine -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_named_and_nothing_before_it_lost(
+    command: Struck, small_fit: Fit, unstopped: Any, tmp_path: Path
+) -> None:
+    def limit() -> None:  # a checkpoint is three times as large as the weights, which fit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (15 * 2**20, 15 * 2**20))
+
+    full = command(tmp_path, NOWHERE, *LOOPED, preexec_fn=limit)
+    assert full.returncode == 2, full.stderr
+    (line,) = full.stderr.strip().splitlines()
+    assert re.match(r"qatlab: \S+step=2\.ckpt could not be written, the disk or quota is full \(\d+ MiB free\)", line)
+    folder = the_run(tmp_path)
+    assert list((folder / "checkpoints").iterdir()) == []
+    assert (folder / "quantized.safetensors").exists()
+    assert same(small_fit(RECIPE, tmp_path, *LOOPED), unstopped(LOOPED))
+
+
+def test_a_killed_loader_process_is_told(small_fit: Fit, unstopped: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    batch = StreamedBatches._batch
+
+    def dying(self: StreamedBatches, step: int) -> Any:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch(self, step)
+
+    options = [*STREAMED, "fit.workers=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedBatches, "_batch", dying)
+        with pytest.raises(
+            UserError, match=r"a data-loading process ended unexpectedly .* Lower fit\.workers=2\. The same"
+        ):
+            small_fit(RECIPE, tmp_path, *options)
+    assert weights(small_fit(RECIPE, tmp_path, *options).folder) == weights(unstopped(STREAMED).folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "sentence"),
+    [
+        ("training_step", torch.OutOfMemoryError("CUDA out of memory."), r"cpu ran out .* step 0; set fit\.micro_batch=4 "),
+        ("training_step", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), r"fit\.micro_batch=4"),
+        ("validation_step", torch.OutOfMemoryError("CUDA"), r"while scoring; set suite\.batch_size=32 \(now 64\)"),
+    ],
+    ids=["gpu", "cpu", "scoring"],
+)  # fmt: skip
+def test_memory_that_ran_out_names_the_option(
+    small_fit: Fit, tmp_path: Path, monkeypatch: Any, method: str, error: Exception, sentence: str
+) -> None:
+    def failing(self: Student, *args: Any, **more: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Student, method, failing)
+    with pytest.raises(UserError, match=sentence):
+        small_fit(RECIPE, tmp_path, *LOOPED)
