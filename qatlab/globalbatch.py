@@ -54,22 +54,21 @@ Terms = dict[str, Tensor]
 
 def in_batch_step(
     parts: list[Batch],
-    encode: Callable[[int], Rows],
+    encode: Callable[[Batch, int], Rows],
     shared: Rows,
     terms_of: Callable[[Rows, Rows], Terms],
     backward: Callable[[Tensor], None],
 ) -> tuple[Terms, Tensor]:
     """Return the terms of a loss that compares all images of the global batch, and what is left to differentiate.
 
-    ``encode(i)`` returns the features of part i with their graph, ``terms_of(rows, shared)`` the terms, "loss" among
+    ``encode(part, i)`` returns the features of a part with their graph, ``terms_of(rows, shared)`` the terms, "loss" among
     them, from the rows (B, D) of the global batch; ``shared`` are tensors that belong to no row. The features come first,
     of several parts without their graphs; the gradients of the loss to them are then carried into each part alone:
     ``backward`` is called for all parts but the last, whose surrogate is returned. Averaged over the processes, as DDP
     does, the gradients are those of one process with the whole batch. Gao et al. 2021 (arXiv 2101.06983), section 3.2.
     """
-    encoded = (
-        [encode(i) for i in range(len(parts))] if len(parts) == 1 else [_alone(encode(i)) for i in range(len(parts))]
-    )
+    alone = len(parts) == 1
+    encoded = [encode(part, i) if alone else _without_graph(encode(part, i)) for i, part in enumerate(parts)]
     own = {name: torch.cat([rows[name] for rows in encoded]) for name in encoded[0]}
     leaves = {name: gathered(rows).requires_grad_() for name, rows in own.items()}
     fixed = {name: value.detach().requires_grad_(value.requires_grad) for name, value in shared.items()}
@@ -82,8 +81,8 @@ def in_batch_step(
     start = 0
     for i, rows in enumerate(encoded):
         size = len(next(iter(rows.values())))
-        if len(parts) > 1:
-            rows = encode(i)
+        if not alone:
+            rows = encode(parts[i], i)
         surrogate = torch.stack([(rows[name] * mine[name][start : start + size]).sum() for name in rows]).sum()
         start += size
         if i < len(parts) - 1:
@@ -94,22 +93,22 @@ def in_batch_step(
     return {name: term.detach() for name, term in terms.items()}, surrogate
 
 
-def _alone(rows: Rows) -> Rows:
+def _without_graph(rows: Rows) -> Rows:
     """Return ``rows`` without the graph behind them. It was built, because layers may round differently without one."""
     return {name: value.detach() for name, value in rows.items()}
 
 
 def summed_step(
-    parts: list[Batch], terms_of: Callable[[int], Terms], backward: Callable[[Tensor], None]
+    parts: list[Batch], terms_of: Callable[[Batch, int], Terms], backward: Callable[[Tensor], None]
 ) -> tuple[Terms, Tensor]:
     """Return the terms of a loss that is a mean over images, and what is left to differentiate: gradients just add up.
 
-    ``terms_of(i)`` returns the terms of part i, "loss" among them. The terms returned are means over all processes.
+    ``terms_of(part, i)`` returns the terms of a part, "loss" among them. The terms returned are means over all processes.
     """
     sizes = [len(next(iter(part.values()))) for part in parts]
     total: Terms = {}
-    for i, size in enumerate(sizes):
-        terms = {name: term * (size / sum(sizes)) for name, term in terms_of(i).items()}
+    for i, part in enumerate(parts):
+        terms = {name: term * (sizes[i] / sum(sizes)) for name, term in terms_of(part, i).items()}
         total = {name: term.detach() + total.get(name, 0.0) for name, term in terms.items()}
         if i < len(parts) - 1:
             backward(terms["loss"])

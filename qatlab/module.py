@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize
 
 from qatlab.clip import Clip
 from qatlab.config import Config
-from qatlab.data import Captioned
 from qatlab.errors import UserError, nearest
 from qatlab.evaluation import Prediction, Row, Source, View
-from qatlab.frozen import FrozenFeatures
-from qatlab.globalbatch import gathered, in_batch_step, parts_of, rank, summed_step
-from qatlab.memory import saved_bytes
+from qatlab.globalbatch import gathered, in_batch_step, parts_of, summed_step
 from qatlab.objectives import Features, Objective
 from qatlab.phases import phase
 from qatlab.quant import Quantizer
 from qatlab.quant.layers import prepare_training
+from qatlab.rows import BatchRows
 from qatlab.settle import Settled, settle
 from qatlab.zeroshot import Classes, class_features
 
@@ -51,10 +47,9 @@ class Student(L.LightningModule):
         self._frozen = {"clip": clip}  # in a dict, so that it is no submodule
         self.bank = bank
         self.logit_scale = clip.logit_scale
+        self.rows = BatchRows(self, self.objective) if self.objective is not None else None
         self.settled: Settled | None = None  # what training found out about this machine, see qatlab.settle
         self.micro_batch: int | None = None  # images per forward and backward; None: all of this process at once
-        self._known_teacher: FrozenFeatures | None = None  # of looped samples, by row
-        self._known_captions: FrozenFeatures | None = None
         self.class_tokens: Tensor | None = None  # prompts of the labels, where the data has labels
         self.run_folder: Path | None = None  # where evaluations put files of their own; None in a probe
         self.facts: Row = {}  # what every row of the pass says besides its numbers
@@ -139,7 +134,8 @@ class Student(L.LightningModule):
         if self.clip.model is not None:
             self.clip.model.to(self.device)
         data = getattr(self.trainer, "datamodule", None)
-        self._remember(getattr(data, "looped", None))
+        if self.rows is not None:
+            self.rows.remember(getattr(data, "looped", None))
         self.settled = self.trainer.strategy.broadcast(settle(self, self.trainer, self.settled))
         prepare_training(self.visual, self.settled["kernels"], self.config.quant.matmul)
         self.micro_batch = self.settled["micro_batch"]
@@ -149,22 +145,25 @@ class Student(L.LightningModule):
 
         The loss is that of the global batch, whatever the number of processes and of parts that go through at once.
         """
-        assert self.objective is not None
+        assert self.rows is not None
         self.optimizers(use_pl_optimizer=False).zero_grad()  # type: ignore[union-attr]
-        parts = parts_of(batch, self.micro_batch)
-        if self.in_batch:
-            frozen = [self._frozen_rows(part) for part in parts]
-            rows = {name: gathered(torch.cat([part[name] for part in frozen])) for name in frozen[0]}
-            shared = self._shared()
+        parts, rows = parts_of(batch, self.micro_batch), self.rows
+        if rows.in_batch:
+            cut = [rows.frozen(part) for part in parts]
+            frozen = {name: gathered(torch.cat([part[name] for part in cut])) for name in cut[0]}
             terms, left = in_batch_step(
                 parts,
-                lambda i: self._learned_rows(parts[i], i),
-                shared,
-                lambda learned, shared: self._terms({**rows, **learned}, shared),
+                rows.learned,
+                self._shared(),
+                lambda learned, shared: self._terms({**frozen, **learned}, shared),
                 self._backward,
             )
         else:
-            terms, left = summed_step(parts, lambda i: self._terms_of_part(parts[i], i), self._backward)
+            terms, left = summed_step(
+                parts,
+                lambda part, i: self._terms({**rows.frozen(part), **rows.learned(part, i)}, self._shared()),
+                self._backward,
+            )
         if not torch.isfinite(terms["loss"]):
             raise UserError(
                 f"the loss is {terms['loss'].item()} at step {self.global_step}; the first layer with a value that is not "
@@ -173,77 +172,14 @@ class Student(L.LightningModule):
         self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=len(batch["images"]))
         return left
 
-    @property
-    def in_batch(self) -> bool:
-        """Return whether the loss compares the images of a batch with each other's captions."""
-        assert self.objective is not None
-        return "contrastive" in self.objective or ("kl" in self.objective and self.bank is None)
-
-    def _learned_rows(self, part: dict[str, Any], index: int) -> dict[str, Tensor]:
-        """Return the features of one part that training changes, with their graph where there is to be one."""
-        # Dropout, where a tower has it, is drawn anew for every part, and equally when a part is repeated or a run resumed.
-        torch.manual_seed(hash((self.config.seed, self.global_step, rank(), index)) % 2**63)
-        # On a CPU the fused attention's backward takes half of a small model's step; the plain one is faster there.
-        plain = self.both_towers is not None and self.device.type == "cpu"
-        with phase("student"), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            rows = {"student": self.embed(part["images"])}
-            if self.both_towers is not None and self.in_batch:
-                rows["captions"] = self._text_features(part["tokens"])
-        return rows
-
-    def _frozen_rows(self, part: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the rows of one part that objectives in use need and training does not change."""
-        assert self.objective is not None
-        rows = {}
-        with torch.no_grad(), phase("teacher"):
-            if self.objective.needs_teacher:
-                known = self._known_teacher
-                rows["teacher"] = self._teacher(part["images"]) if known is None else known[part["rows"]]
-            if self.in_batch and self.both_towers is None:
-                known = self._known_captions
-                rows["captions"] = self._text_features(part["tokens"]) if known is None else known[part["rows"]]
-        if "contrastive" in self.objective:
-            rows["caption_ids"] = part["caption_ids"]
-        if "class_cross_entropy" in self.objective:
-            if "labels" not in part:
-                raise UserError(
-                    "objective.class_cross_entropy needs labelled training images, which this data= has not; use "
-                    "data=embedded_stream or give another objective a weight."
-                )
-            rows["labels"] = part["labels"]
-        return rows
-
-    def _remember(self, looped: Captioned | None) -> None:
-        """Have the frozen towers see every looped sample once; streamed ones they see as they come."""
-        self._known_teacher = self._known_captions = None
-        if looped is None or self.both_towers is not None:
-            return
-        images, captions, tokenizer = looped.images, looped.captions, self.clip.tokenizer
-
-        def teacher(start: int, stop: int) -> Tensor:
-            return self._teacher(images[start:stop].to(self.device))
-
-        def texts(start: int, stop: int) -> Tensor:
-            assert tokenizer is not None
-            return self._text_features(tokenizer(captions[start:stop]).to(self.device))
-
-        self._known_teacher = FrozenFeatures(len(images), teacher)
-        self._known_captions = FrozenFeatures(len(images), texts)
-
-    def _teacher(self, images: Tensor) -> Tensor:
-        """Return the unquantized encoder's features, in float32 or, by fit.teacher_bf16, from bfloat16 products."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.fit.teacher_bf16):
-            return self.embed(images, self.clip.visual)
-
     def _shared(self) -> dict[str, Tensor]:
         """Return the logit scale and, where an objective reads them, the class prompts: what belongs to no image."""
-        assert self.objective is not None
         shared = {"scale": torch.tensor(self.logit_scale, device=self.device)}
         if self.both_towers is not None:
             shared["scale"] = self.both_towers.logit_scale.exp().clamp(max=MAX_LEARNED_SCALE)
-        if "class_cross_entropy" in self.objective:
-            assert self.class_tokens is not None
-            shared["classes"] = self._text_features(self.class_tokens.to(self.device))
+        if self.class_tokens is not None:
+            assert self.rows is not None
+            shared["classes"] = self.rows.texts(self.class_tokens.to(self.device))
         return shared
 
     def _terms(self, rows: dict[str, Tensor], shared: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -253,28 +189,10 @@ class Student(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self.objective(Features(**rows, **shared, bank=bank))
 
-    def _terms_of_part(self, part: dict[str, Any], index: int) -> dict[str, Tensor]:
-        return self._terms({**self._frozen_rows(part), **self._learned_rows(part, index)}, self._shared())
-
     def _backward(self, loss: Tensor) -> None:
         """Add the gradients of a part; those of the last one are Lightning's to compute, and DDP's to average."""
         with phase("backward"):
             self.trainer.strategy.backward(loss, None)
-
-    def bytes_per_image(self) -> int:
-        """Return the bytes that one image, and its caption where that is trained on, keeps for the backward."""
-        size = self.preprocess.size
-        model: Any = self.clip.model
-        part: dict[str, Tensor] = {"images": torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device)}
-        if model is not None:
-            part["tokens"] = torch.zeros(1, model.context_length, dtype=torch.long, device=self.device)
-        return saved_bytes(lambda: self._learned_rows(part, 0), self.parameters())
-
-    def _text_features(self, tokens: Tensor) -> Tensor:
-        """Return unit text features (N, D), with gradient only where the text tower is trained too."""
-        model: Any = self.clip.model
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.both_towers is not None):
-            return normalize(model.encode_text(tokens).float(), dim=-1)
 
     def _first_non_finite(self, images: Tensor) -> str:
         """Return the name of the first layer of the student whose output has a NaN or infinity."""

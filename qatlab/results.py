@@ -22,7 +22,7 @@ import polars as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from qatlab.cache import full_disk_named
-from qatlab.config import Config, save
+from qatlab.config import Config, load, save
 from qatlab.errors import UserError
 from qatlab.evaluation import Row
 
@@ -200,6 +200,22 @@ class Run:
             "versions": versions(),
             "commit": git_commit(),
         }
+
+
+def unfinished_beside(run: Run, recipe: str) -> list[str]:
+    """Return a line for each interrupted run of ``recipe`` in the same output folder, with what differs from ``run``.
+
+    Whoever changes an option and means to go on with an interrupted run starts one of its own: this says so.
+    """
+    mine, lines = identity(run.config), []
+    for folder in sorted(run.folder.parent.glob(f"{recipe}-????????")):
+        if folder == run.folder or not any((folder / "checkpoints").glob("*.ckpt")):
+            continue
+        theirs = identity(load(folder / "config.yaml")[0])
+        differing = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+        shown = ", ".join(f"{key}={theirs.get(key)} there, {mine.get(key)} here" for key in differing[:3])
+        lines.append(f"{folder} is unfinished and another run: {shown}{' ...' if len(differing) > 3 else ''}")
+    return lines
 
 
 def _key(row: Row) -> tuple[Any, ...]:

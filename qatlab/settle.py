@@ -31,7 +31,8 @@ def settle(module: Student, trainer: L.Trainer, earlier: Settled | None) -> Sett
     size = torch.zeros(1, 3, module.preprocess.size, module.preprocess.size, device=device)
     weights, activations = rounded_elements(module.visual, size)
     elements = config.fit.steps * (weights + images * activations)
-    per_image = module.bytes_per_image()
+    assert module.rows is not None
+    per_image = module.rows.bytes_per_image()
     settled: Settled = {
         "micro_batch": _micro_batch(module, trainer, images, per_image),
         "kernels": kernels.choose(config.quant.kernels, device, elements),

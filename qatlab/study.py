@@ -33,7 +33,7 @@ from qatlab.faults import faults_named
 from qatlab.module import Student
 from qatlab.objectives import teacher_probabilities
 from qatlab.quant import calibrate, layer_report, quantize, verify
-from qatlab.results import Run, identity
+from qatlab.results import Run, identity, unfinished_beside
 from qatlab.stopping import Stopped, StopSignals
 from qatlab.trainer import build_trainer, quiet
 from qatlab.zeroshot import encode_text
@@ -167,7 +167,8 @@ class Study:
             lines.append(
                 f"  training: {fit.steps} steps x {fit.batch_size} images of {self.data.name}, {unique}, {self.module.objective}"
             )
-        return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing left to compute"])
+        lines = lines if len(lines) > 1 else [*lines, "  nothing left to compute"]
+        return "\n".join([*lines, *(f"  {line}" for line in unfinished_beside(self.run, self.recipe))])
 
     def require_finished(self) -> None:
         """Raise UserError when the run folder lacks a model that its options promise: scoring is not where one is made."""

@@ -183,10 +183,10 @@ def test_in_batch_step_against_autograd(size: int | None) -> None:
     parts = parts_of(whole, size)
     calls = 0
 
-    def encode(i: int) -> dict[str, Tensor]:
+    def encode(part: dict[str, Any], i: int) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
-        return features(parts[i])
+        return features(part)
 
     found, left = in_batch_step(parts, encode, {"scale": scale}, terms, lambda loss: loss.backward())
     left.backward()
@@ -205,10 +205,10 @@ def test_summed_step_against_autograd(size: int | None) -> None:
     parts = parts_of({"images": images, "skipped": {}}, size)
     calls = 0
 
-    def terms(i: int) -> dict[str, Tensor]:
+    def terms(part: dict[str, Any], i: int) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
-        loss = (parts[i]["images"] @ weight).square().mean()
+        loss = (part["images"] @ weight).square().mean()
         return {"feature_mse": loss, "loss": loss}
 
     found, left = summed_step(parts, terms, lambda loss: loss.backward())

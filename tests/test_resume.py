@@ -320,6 +320,14 @@ def test_other_options_are_refused_and_the_difference_shown(small: Options, smal
         small_fit(RECIPE, left, *other)
 
 
+def test_an_unfinished_run_beside_is_told_with_what_differs(small_fit: Fit, left: Path, capsys: Any) -> None:
+    """Whoever changes an option on the way gets a run of its own, and reads which one it is not."""
+    folder = the_run(left)
+    small_fit(RECIPE, left, *LOOPED[1:-1], "fit.lr=2e-4", "fit.steps=1")
+    line = f"  {folder} is unfinished and another run: fit.steps=6 there, 1 here, fit.lr=0.0001 there, 0.0002 here"
+    assert line in capsys.readouterr().out.splitlines()
+
+
 def test_other_training_data_is_refused(small_fit: Fit, left: Path, monkeypatch: Any) -> None:
     from qatlab.data.captions import CaptionShards
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from qatlab.data.captions import Captioned, CaptionShards, SkipCounter
+from qatlab.data.captions import CaptionShards
 from qatlab.data.rendered import RenderedStream
+from qatlab.data.samples import Captioned, SkipCounter
 from qatlab.data.transforms import Preprocess
 from qatlab.errors import UserError
 
 Batch = dict[str, Any]
 Tokenizer = Callable[[list[str]], Tensor]
+SIGNLESS = 2**63 - 1
 
 
 def check_batch(batch_size: int, processes: int) -> None:
@@ -28,6 +30,12 @@ def check_batch(batch_size: int, processes: int) -> None:
             f"fit.batch_size={batch_size} is the global batch and {processes} processes cannot share it evenly; "
             f"choose a multiple of {processes}."
         )
+
+
+def caption_ids(captions: Sequence[str]) -> Tensor:
+    """Return (n,) int64, equal for equal captions: the first 63 of the 64 leading bits of each one's SHA-256."""
+    digests = [hashlib.sha256(caption.encode(errors="surrogatepass")).digest() for caption in captions]
+    return torch.tensor([int.from_bytes(digest[:8], "big") & SIGNLESS for digest in digests], dtype=torch.int64)
 
 
 def looped_indices(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
@@ -57,6 +65,7 @@ class LoopedBatches(IterableDataset[Batch]):
         steps: range,
     ) -> None:
         self.samples = samples
+        self.ids = caption_ids(samples.captions)
         self.tokens = tokens
         self.batch_size = batch_size
         self.seed = seed
@@ -69,7 +78,8 @@ class LoopedBatches(IterableDataset[Batch]):
             rows = torch.from_numpy(chosen)
             batch: Batch = {
                 "images": self.samples.images[rows],
-                "captions": [self.samples.captions[row] for row in chosen],
+                "caption_ids": self.ids[rows],
+                "rows": rows,
                 "skipped": {},
             }
             if self.tokens is not None:
@@ -78,14 +88,14 @@ class LoopedBatches(IterableDataset[Batch]):
 
 
 class StreamedBatches(IterableDataset[Batch]):
-    """This rank's part of the batches of a stream, each put together by one DataLoader worker, which take turns."""
+    """This rank's part of the batches of a stream; DataLoader workers take turns over the steps."""
 
     def __init__(
         self,
         data: CaptionShards | RenderedStream,
         preprocess: Preprocess,
         tokenizer: Tokenizer | None,
-        local_batch: int,
+        batch_size: int,
         seed: int,
         share: tuple[int, int],
         steps: range,
@@ -93,40 +103,46 @@ class StreamedBatches(IterableDataset[Batch]):
         self.data = data
         self.preprocess = preprocess
         self.tokenizer = tokenizer
-        self.local_batch = local_batch
+        self.batch_size = batch_size
         self.seed = seed
         self.rank, self.world = share
         self.steps = steps
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        turns = self.steps[info.id :: info.num_workers] if info else self.steps
-        if len(turns) == 0:
-            return
-        pairs = self.data.stream(self.preprocess, self.seed, self.rank, self.world, self.steps.start)
-        for _ in turns:
-            taken = list(itertools.islice(pairs, self.local_batch))
-            captions = [pair.caption for pair in taken]
-            batch: Batch = {
-                "images": torch.stack([pair.image for pair in taken]),
-                "captions": captions,
-                "skipped": dict(SkipCounter.summed(pair.skipped for pair in taken)),
-            }
-            if self.tokenizer is not None:
-                batch["tokens"] = self.tokenizer(captions)
-            if taken[0].label is not None:
-                batch["labels"] = torch.tensor([pair.label for pair in taken])
-            yield batch
+        try:
+            for step in self.steps[info.id :: info.num_workers] if info else self.steps:
+                yield self._batch(step)
+        except UserError as error:
+            if info is None:
+                raise
+            yield {"mistake": str(error)}  # raised through a worker it would carry the worker's traceback in its text
+
+    def _batch(self, step: int) -> Batch:
+        taken = self.data.batch(step, self.batch_size, self.rank, self.world, self.preprocess, self.seed)
+        batch: Batch = {
+            "images": taken.images,
+            "caption_ids": caption_ids(taken.captions),
+            "skipped": taken.skipped,
+        }
+        if self.tokenizer is not None:
+            batch["tokens"] = self.tokenizer(taken.captions)
+        if taken.labels is not None:
+            batch["labels"] = taken.labels
+        return batch
 
 
 class CaptionModule(L.LightningDataModule):
-    """Image–caption batches: ``images`` (B, 3, S, S) uint8, ``tokens`` (B, T) int64, ``captions``, ``skipped`` counts.
+    """Image–caption batches, a dict each.
 
-    B is ``batch_size`` / processes; ``tokens`` is absent without a tokenizer. ``unique_samples`` N loops over the
-    first N readable pairs, decoded once; None streams all shards. The loader ends after step ``steps`` - 1 and begins
-    at ``start_step``, which a resumed run sets before training; the looped batches are then the ones the interrupted
-    run would have seen, the streamed ones a new order. ``skipped`` adds up what this rank's batches left out. Raises
-    UserError when the processes cannot share the batch evenly.
+    ``images`` (B, 3, S, S) uint8; ``caption_ids`` (B,) int64, see ``caption_ids``; ``tokens`` (B, T) int64, absent
+    without a tokenizer; ``rows`` (B,) int64, each image's position in ``looped``, only where samples are looped;
+    ``labels`` (B,) int64, only of rendered images; ``skipped`` counts by reason. B is ``batch_size`` / processes.
+
+    ``unique_samples`` N loops over the first N readable pairs, decoded once; None streams all shards. The loader begins
+    at ``start_step`` and ends after step ``steps`` - 1. Each batch is a pure function of (seed, step, data), so that a
+    resumed run sees the batches which the interrupted one would have seen, whatever the number of workers. ``skipped``
+    adds up what this rank's batches left out. Raises UserError when the processes cannot share the batch evenly.
     """
 
     def __init__(
@@ -156,6 +172,11 @@ class CaptionModule(L.LightningDataModule):
         self.skipped = SkipCounter()
         self._looped: tuple[Captioned, Tensor | None] | None = None
 
+    @property
+    def looped(self) -> Captioned | None:
+        """Return the decoded samples that training loops over, after ``setup``; None where shards are streamed."""
+        return self._looped[0] if self._looped else None
+
     def setup(self, stage: str) -> None:
         """Check the batch against the processes and the shards against the disk, and read the looped samples."""
         _, world = self._share()
@@ -184,21 +205,21 @@ class CaptionModule(L.LightningDataModule):
             self.data,
             self.preprocess,
             self.tokenizer,
-            self.batch_size // world,
+            self.batch_size,
             self.seed,
             (rank, world),
             remaining,
         )
-        # More readers than shards would read the same shard at the same time
-        workers = min(self.workers, max(1, len(self.data.prepare()) // world))
-        return DataLoader(streamed, batch_size=None, num_workers=workers, pin_memory=pinned)
+        return DataLoader(streamed, batch_size=None, num_workers=self.workers, pin_memory=pinned)
 
     def val_dataloader(self) -> Sequence[DataLoader[Any]]:
         """Return the loaders of the probe suite."""
         return self.probes
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Add up the skipped samples that the batch brings along from its worker."""
+        """Add up the skipped samples that the batch brings along from its worker; raises the UserError that ended one."""
+        if isinstance(batch, dict) and "mistake" in batch:
+            raise UserError(batch["mistake"])
         if isinstance(batch, dict) and "skipped" in batch:
             self.skipped.update(batch["skipped"])
         return batch

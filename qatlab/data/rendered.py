@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch.utils.data import get_worker_info
 
 from qatlab.cache import cache_dir
-from qatlab.data.captions import Captioned, CaptionShards, Pair
+from qatlab.data.captions import CaptionShards
 from qatlab.data.embedded import CLASS_NAMES, lesson, write_caption_shards
+from qatlab.data.fetch import digest, locked
+from qatlab.data.samples import Captioned
+from qatlab.data.shards import expand_shards
 from qatlab.data.transforms import Preprocess
 from qatlab.data.vocabulary import caption
 from qatlab.data.world import VERSION, render
@@ -22,18 +22,17 @@ class RenderedShards(CaptionShards):
     They go through the very code that reads CC3M.
     """
 
-    def __init__(self, name: str, samples: int, seed: int) -> None:
-        super().__init__(None, name)
+    def __init__(self, name: str, samples: int, seed: int, cache: bool = False) -> None:
+        super().__init__(None, name, cache=cache)
         self.samples = samples
         self.seed = seed
 
-    def prepare(self) -> list[str]:
-        """Return the shards, written if the cache lacks them."""
-        if self.shards is None:
-            folder = cache_dir("embedded", f"captions-v{VERSION}-{self.samples}-{self.seed}")
+    def _expanded(self) -> list[str]:
+        name = f"captions-v{VERSION}-{self.samples}-{self.seed}"
+        folder = cache_dir("embedded", name)
+        with locked(name):  # written twice, they would change under the process that is reading them
             write_caption_shards(folder, self.samples, per_shard=500, seed=self.seed)
-            self.shards = str(folder)
-        return super().prepare()
+        return expand_shards(str(folder))
 
 
 class RenderedStream:
@@ -50,8 +49,12 @@ class RenderedStream:
         self.batch_size = batch_size
 
     def prepare(self) -> list[str]:
-        """Return one name per loader process that can be of use: any number can."""
-        return [self.name] * 64
+        """Return no shards: there is nothing to check."""
+        return []
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that tell which images these are."""
+        return digest(f"world {VERSION}, {self.steps} steps of {self.batch_size}")[:16]
 
     def first(self, n: int, preprocess: Preprocess, seed: int = 0) -> Captioned:
         """Raise UserError: a looped or calibration set is read from shards, data=embedded."""
@@ -59,14 +62,14 @@ class RenderedStream:
             f"data={self.name} renders while it trains and has no fixed first {n} samples; use data=embedded."
         )
 
-    def stream(
-        self, preprocess: Preprocess, seed: int, rank: int = 0, world: int = 1, start_step: int = 0
-    ) -> Iterator[Pair]:
-        """Yield this rank's and loader process's pairs, from batch ``start_step`` on."""
-        info = get_worker_info()
-        number, count = (info.id, info.num_workers) if info else (0, 1)
-        for step in range(start_step + number, self.steps, count):
-            mine = range(step * self.batch_size + rank, (step + 1) * self.batch_size, world)
-            specs = [lesson(i, self.steps * self.batch_size, seed) for i in mine]
-            for i, spec, image in zip(mine, specs, torch.from_numpy(render(specs)), strict=True):
-                yield Pair(image, caption(spec), f"{i:09d}", {}, CLASS_NAMES.index(spec.shape))
+    def batch(self, step: int, batch_size: int, rank: int, world: int, preprocess: Preprocess, seed: int) -> Captioned:
+        """Return the rows ``rank::world`` of batch ``step``, with their labels."""
+        mine = range(step * batch_size + rank, (step + 1) * batch_size, world)
+        specs = [lesson(i, self.steps * self.batch_size, seed) for i in mine]
+        return Captioned(
+            images=torch.from_numpy(render(specs)),
+            captions=[caption(spec) for spec in specs],
+            keys=[f"{i:09d}" for i in mine],
+            skipped={},
+            labels=torch.tensor([CLASS_NAMES.index(spec.shape) for spec in specs]),
+        )

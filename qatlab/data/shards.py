@@ -11,6 +11,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
+from qatlab.data.fetch import is_local
 from qatlab.errors import QUOTED_SHARDS, UserError
 
 HEAD_THREADS = 16
@@ -25,14 +26,15 @@ def expand_shards(spec: Any) -> list[str]:
     ``spec`` is a path or URL with optional braces (``{00000..00331}``), a folder (all its ``*.tar``, sorted), a
     ``.txt`` file with one path or URL per line (relative paths start at the file's folder), or a list of these. Local
     files must exist and http(s) URLs must answer a HEAD request; ``pipe:`` commands and other schemes are taken as
-    they are. Raises UserError when nothing is named, nothing is found, or a shard is missing.
+    they are. A folder's compressed shards (``.tar.gz``) must be named by a pattern or a list. Raises UserError when
+    nothing is named, nothing is found, or a shard is missing.
     """
     shards = _expanded(spec)
     if not shards:
         raise UserError(
             f"data.shards={spec!r} names no shard; give a folder of .tar files, a list file or, quoted, {QUOTED_SHARDS}."
         )
-    _check_files([shard for shard in shards if "://" not in shard and not shard.startswith("pipe:")])
+    _check_files([shard for shard in shards if is_local(shard)])
     _check_urls([shard for shard in shards if shard.startswith(("http://", "https://"))])
     return shards
 
@@ -54,7 +56,7 @@ def _expanded(spec: Any) -> list[str]:
 def _from_text(text: str) -> list[str]:
     if not text:
         return []
-    if text.startswith("pipe:") or "://" in text:
+    if not is_local(text):
         return _braces(text)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -78,8 +80,7 @@ def _from_list_file(path: Path) -> list[str]:
     for line in (line.strip() for line in lines):
         if not line or line.startswith("#"):
             continue
-        local = not line.startswith("pipe:") and "://" not in line
-        shards += _braces(str(path.parent / Path(line).expanduser()) if local else line)
+        shards += _braces(str(path.parent / Path(line).expanduser()) if is_local(line) else line)
     if not shards:
         raise UserError(f"data.shards: the list file {path} is empty; write one path or URL per line.")
     return shards

@@ -1,11 +1,9 @@
-"""Reading image–caption shards: layouts, damaged samples, and a stream that never runs dry."""
+"""Reading image–caption shards: layouts, damaged samples, and batches that follow the order of samples."""
 
 import io
-import itertools
 import json
 import os
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from qatlab.data.captions import CaptionShards, SkipCounter
+from qatlab.data import captions, order, tars
+from qatlab.data.captions import CaptionShards
+from qatlab.data.order import Order
+from qatlab.data.samples import SkipCounter
 from qatlab.data.transforms import Preprocess
 from qatlab.errors import UserError
 
@@ -61,6 +62,8 @@ def test_first_reads_in_shard_order(shards):
 def test_too_few_samples(shards):
     with pytest.raises(UserError, match="holds 30 readable image–caption pairs, 31 are needed"):
         CaptionShards(str(shards), "test").first(31, PREPROCESS)
+    with pytest.raises(UserError, match=r"holds 30 readable|1000000000000 decoded images take 178814 GiB"):
+        CaptionShards(str(shards), "test").first(10**12, PREPROCESS)
 
 
 def test_nothing_is_opened_before_prepare():
@@ -90,13 +93,28 @@ def test_every_kind_of_damage_is_counted_and_replaced(tmp_path):
     assert str(SkipCounter(read.skipped)) == f"samples skipped and replaced: {reasons}"
 
 
-def test_a_truncated_shard_is_counted_and_the_next_one_read(shards):
+def test_the_count_names_the_damaged_shards():
+    count = SkipCounter({"no caption": 2, "unreadable shard /b.tar": 1})
+    count.update({"unreadable shard /b.tar": 1, "corrupt image": 1})
+    skipped = "samples skipped and replaced: 2 no caption, 1 corrupt image"
+    assert str(count) == f"{skipped}; 1 unreadable shard, read as far as whole: /b.tar"
+    five = SkipCounter({f"unreadable shard {name}.tar": 1 for name in "edcba"})
+    assert str(five) == "5 unreadable shards, read as far as whole: a.tar, b.tar, c.tar and 2 more"
+    assert five.shards == [f"{name}.tar" for name in "abcde"]
+    assert str(SkipCounter()) == "no sample skipped"
+
+
+def test_a_truncated_shard_is_named_and_the_next_one_read(shards):
     whole = (shards / "00000.tar").read_bytes()
     (shards / "00000.tar").write_bytes(whole[: len(whole) // 4])
     (shards / "00001.tar").write_bytes(b"no tar at all" * 100)
     read = CaptionShards(str(shards), "test").first(12, PREPROCESS)
     assert {"picture 0", "picture 20"} <= set(read.captions)
-    assert read.skipped == {"unreadable shard": 2}
+    assert read.skipped == {f"unreadable shard {shards}/0000{shard}.tar": 1 for shard in (0, 1)}
+    with pytest.raises(
+        UserError, match=r"holds 1\d readable .*2 unreadable shards, read as far as whole: .*00000\.tar, "
+    ):
+        CaptionShards(str(shards), "test").first(30, PREPROCESS)
 
 
 def test_caption_key_reads_one_of_several_by_seed_and_key(tmp_path):
@@ -119,42 +137,119 @@ def test_caption_key_reads_one_of_several_by_seed_and_key(tmp_path):
     ):
         CaptionShards(str(tmp_path), "test", caption_key="text").first(1, PREPROCESS)
     with pytest.raises(UserError, match="1000 samples in a row are unusable"):
-        next(CaptionShards(str(tmp_path), "test", caption_key="text").stream(PREPROCESS, 0))
+        CaptionShards(str(tmp_path), "test", caption_key="text").batch(0, 8, 0, 1, PREPROCESS, 0)
 
 
-def keys(stream, count):
-    return [pair.key for pair in itertools.islice(stream, count)]
+def keys(source, steps, batch_size=8, rank=0, world=1, seed=0):
+    return [source.batch(step, batch_size, rank, world, PREPROCESS, seed).keys for step in steps]
 
 
-def test_stream_repeats_with_its_seed_and_shuffles(shards):
+def test_batches_follow_the_order_of_samples(shards, monkeypatch):
+    monkeypatch.setattr(order, "SHUFFLE_WINDOW", 12)
     data = CaptionShards(str(shards), "test")
-    order = keys(data.stream(PREPROCESS, 0), 60)
-    assert order == keys(data.stream(PREPROCESS, 0), 60)
-    assert order != keys(data.stream(PREPROCESS, 1), 60)
-    assert order != keys(data.stream(PREPROCESS, 0, start_step=5), 60)
-    assert order[:30] != sorted(order[:30])
+    positions = Order(data.tars, 5)
+    expected = [positions.locate(position) for position in range(96)]
+    expected = [f"{10 * shard + number:04d}" for shard, number in expected]
+    assert keys(data, range(12), seed=5) == [expected[start : start + 8] for start in range(0, 96, 8)]
+    assert sorted(expected[30:60]) == sorted(expected[:30]) == [f"{value:04d}" for value in range(30)]
+    assert keys(data, range(12)) != keys(data, range(12), seed=5)
+    batch = data.batch(3, 8, 0, 1, PREPROCESS, 5)
+    assert batch.captions == [f"picture {int(key)}" for key in batch.keys]
+    assert batch.images[:, 0, 0, 0].tolist() == [int(key) for key in batch.keys]
 
 
-def test_ranks_share_the_shards_evenly(shards):
+def test_a_batch_depends_on_nothing_that_was_read_before(shards):
+    straight = keys(CaptionShards(str(shards), "test"), range(20))
     data = CaptionShards(str(shards), "test")
-    counts = Counter()
-    for rank in range(3):
-        counts.update(keys(data.stream(PREPROCESS, 0, rank, 3), 300))
-    assert len(counts) == 30
-    assert max(counts.values()) < 3 * min(counts.values())
+    assert keys(data, [17, 3, 12, 4, 17]) == [straight[step] for step in (17, 3, 12, 4, 17)]
+    assert keys(CaptionShards(str(shards), "test"), [19]) == straight[19:]
 
 
-def test_more_ranks_than_shards_do_not_run_dry(shards):
-    data = CaptionShards(str(shards / "00000.tar"), "test")
-    assert all(len(keys(data.stream(PREPROCESS, 0, rank, 8), 25)) == 25 for rank in (0, 7))
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_divide_each_batch(shards, world):
+    whole = keys(CaptionShards(str(shards), "test"), range(10))
+    parts = [keys(CaptionShards(str(shards), "test"), range(10), 8, rank, world) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        assert [parts[row % world][step][row // world] for row in range(8)] == batch
 
 
-def test_stream_counts_what_it_skips_and_stops_when_no_shard_can_be_read(shards):
-    (shards / "00001.tar").write_bytes(b"no tar at all" * 100)
-    pairs = itertools.islice(CaptionShards(str(shards), "test").stream(PREPROCESS, 0), 700)
-    assert SkipCounter.summed(pair.skipped for pair in pairs)["unreadable shard"] > 5
-    with pytest.raises(UserError, match="no shard can be read"):
-        next(CaptionShards(str(shards / "00001.tar"), "test").stream(PREPROCESS, 0))
+def test_a_resumed_run_opens_only_what_its_step_falls_into(shards, monkeypatch):
+    monkeypatch.setattr(order, "SHUFFLE_WINDOW", 5)
+    straight = keys(CaptionShards(str(shards), "test"), range(20), batch_size=5)
+    opened, scanned = [], []
+    original = tars.OpenFile
+    monkeypatch.setattr(tars, "OpenFile", lambda index: opened.append(index.path) or original(index))
+    monkeypatch.setattr(tars, "_scan", lambda *args: scanned.append(args))
+    for step in (1, 9, 16):
+        opened.clear()
+        assert keys(CaptionShards(str(shards), "test"), [step], batch_size=5) == [straight[step]]
+        assert len(opened) == 1
+    assert scanned == []
+
+
+def damage(folder, damaged):
+    """Cut the images of some samples of the fixture's shards off."""
+    for shard in range(3):
+        members = {}
+        for value in range(10 * shard, 10 * shard + 10):
+            content = image(value)
+            members[f"{value:04d}.png"] = content[:20] if value in damaged else content
+            members[f"{value:04d}.txt"] = f"picture {value}".encode()
+        write_shard(folder / f"{shard:05d}.tar", members)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_unusable_sample_is_replaced_by_the_same_place_of_a_later_batch(shards, monkeypatch, world):
+    monkeypatch.setattr(order, "SHUFFLE_WINDOW", 12)
+    clean = [int(key) for batch in keys(CaptionShards(str(shards), "test"), range(30), 6) for key in batch]
+    damaged = {0, 3, 4, 11, 12, 13, 14, 27, 28}
+    damage(shards, damaged)
+    data = CaptionShards(str(shards), "test")
+    for step in range(12):
+        expected, skipped = [], 0
+        for position in range(6 * step, 6 * step + 6):
+            while clean[position] in damaged:
+                position, skipped = position + 6, skipped + 1
+            expected.append(clean[position])
+        parts = [data.batch(step, 6, rank, world, PREPROCESS, 0) for rank in range(world)]
+        assert [int(parts[row % world].keys[row // world]) for row in range(6)] == expected
+        assert sum(part.skipped.get("corrupt image", 0) for part in parts) == skipped
+
+
+def test_patience_is_for_samples_in_a_row(shards, monkeypatch):
+    monkeypatch.setattr(captions, "PATIENCE", 4)
+    damage(shards, set(range(1, 30, 2)) | {20, 22})
+    data = CaptionShards(str(shards), "test")
+    assert data.first(10, PREPROCESS).skipped == {"corrupt image": 9}
+    with pytest.raises(UserError, match="4 samples in a row are unusable"):
+        data.first(11, PREPROCESS)
+
+
+def test_damaged_shards_are_counted_once_in_an_epoch_and_their_whole_samples_used(shards):
+    whole = (shards / "00001.tar").read_bytes()
+    (shards / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    (shards / "00002.tar").write_bytes(b"no tar at all" * 100)
+    data = CaptionShards(str(shards), "test")
+    length = 10 + data.tars.count(1)
+    assert 12 <= length <= 18
+    found = [[data.batch(step, length, rank, 2, PREPROCESS, 0) for rank in (0, 1)] for step in range(6)]
+    expected = {f"{value:04d}" for value in range(length)}
+    assert all({*even.keys, *odd.keys} == expected for even, odd in found)
+    # Both begin in an epoch; an empty one that is the last of its epoch begins with the next
+    counts = SkipCounter.summed(part.skipped for parts in found for part in parts)
+    assert counts[f"unreadable shard {shards}/00001.tar"] == 6
+    assert counts[f"unreadable shard {shards}/00002.tar"] in (5, 6)
+    assert counts.shards == [f"{shards}/00001.tar", f"{shards}/00002.tar"]
+    assert all(part.skipped == {} for _, part in found)
+
+
+def test_no_shard_that_can_be_read(shards):
+    for name in ("00000", "00001", "00002"):
+        (shards / f"{name}.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match=r"no shard can be read, the last was .*/0000\d\.tar: "):
+        CaptionShards(str(shards), "test").batch(0, 8, 0, 1, PREPROCESS, 0)
+    with pytest.raises(UserError, match=r"no shard can be read, the last was .*/00002\.tar: "):
+        CaptionShards(str(shards), "test").first(8, PREPROCESS)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real shards at {DATA} (QATLAB_TEST_DATA)")
@@ -164,4 +259,4 @@ def test_real_shards():
     read = data.first(5, preprocess)
     assert read.images.float().std() > 20
     assert all(len(caption) > 10 for caption in read.captions)
-    assert len({pair.key for pair in itertools.islice(data.stream(preprocess, 0), 20)}) == 20
+    assert len(set(data.batch(50, 20, 0, 1, preprocess, 0).keys)) == 20

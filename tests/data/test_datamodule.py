@@ -1,6 +1,6 @@
 """Training batches: a pure function of (seed, step), shared by the ranks without overlap, in order on resume."""
 
-import itertools
+import hashlib
 from types import SimpleNamespace
 
 import lightning as L
@@ -10,7 +10,8 @@ import torch
 import webdataset as wds
 
 from qatlab.data.captions import CaptionShards
-from qatlab.data.module import CaptionModule, looped_indices
+from qatlab.data.module import CaptionModule, caption_ids, looped_indices
+from qatlab.data.samples import SkipCounter
 from qatlab.data.transforms import Preprocess
 from qatlab.errors import UserError
 
@@ -49,11 +50,16 @@ def module(folder, rank=0, world=1, **options):
 
 
 def rows(made):
-    """The samples of each batch, read from pixels, and checked against captions and tokens."""
+    """The samples of each batch, read from pixels, and checked against caption ids, rows and tokens."""
     batches = []
     for batch in made.train_dataloader():
         values = batch["images"][:, 0, 0, 0].tolist()
-        assert [int(caption) for caption in batch["captions"]] == values
+        assert torch.equal(batch["caption_ids"], caption_ids([str(value) for value in values]))
+        assert batch["images"].dtype == torch.uint8
+        assert batch["images"].shape == (len(values), 3, 8, 8)
+        if made.looped:
+            assert torch.equal(made.looped.images[batch["rows"]], batch["images"])
+            assert [made.looped.captions[row] for row in batch["rows"]] == [str(value) for value in values]
         assert batch["tokens"][:, 0].tolist() == values
         batches.append(values)
     return batches
@@ -94,23 +100,63 @@ def test_batch_that_the_processes_cannot_share(folder):
 
 def test_without_tokenizer_no_tokens(folder):
     batch = next(iter(module(folder, tokenizer=None).train_dataloader()))
-    assert set(batch) == {"images", "captions", "skipped"}
+    assert set(batch) == {"images", "caption_ids", "rows", "skipped"}
+    streamed = next(iter(module(folder, tokenizer=None, unique_samples=None).train_dataloader()))
+    assert set(streamed) == {"images", "caption_ids", "skipped"}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stream_repeats_and_ends(folder, workers):
-    options = {"unique_samples": None, "workers": workers, "steps": 9}
-    whole = rows(module(folder, **options))
-    assert [len(batch) for batch in whole] == [8] * 9
-    assert whole == rows(module(folder, **options))
-    assert len(rows(module(folder, start_step=7, **options))) == 2
-    assert len({value for batch in whole for value in batch}) > 40
+def test_caption_ids_are_the_leading_bits_of_sha256_without_a_sign():
+    texts = [*(f"text {number}" for number in range(50)), "ü", "text 7"]
+    ids = caption_ids(texts)
+    assert ids.dtype == torch.int64
+    assert ids.min() >= 0
+    assert ids[7] == ids[-1]
+    assert len(set(ids.tolist())) == 51
+    bits = [f"{int(hashlib.sha256(text.encode()).hexdigest()[:16], 16):064b}" for text in texts]
+    assert ids.tolist() == [int(row[1:], 2) for row in bits]
+    assert any(row[0] == "1" for row in bits)
 
 
-def test_fewer_shards_than_readers(folder):
-    made = module(folder / "0.tar", rank=1, world=2, unique_samples=None, workers=4)
-    assert made.train_dataloader().num_workers == 1
-    assert [len(batch) for batch in rows(made)] == [4] * 6
+def test_looped_samples_are_there_after_setup(folder):
+    made = module(folder)
+    assert made.looped is None
+    made.setup("fit")
+    assert made.looped.captions == [str(value) for value in range(20)]
+    streamed = module(folder, unique_samples=None)
+    streamed.setup("fit")
+    assert streamed.looped is None
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 5])
+def test_streamed_batches_do_not_depend_on_workers_nor_on_where_a_run_begins(folder, workers, start):
+    whole = rows(module(folder, unique_samples=None, steps=13))
+    assert [len(batch) for batch in whole] == [8] * 13
+    made = module(folder, unique_samples=None, steps=13, workers=workers, start_step=start)
+    assert made.train_dataloader().num_workers == workers
+    assert rows(made) == whole[start:]
+    assert len({value for batch in whole for value in batch}) == 64
+    assert whole != rows(module(folder, unique_samples=None, steps=13, seed=1))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_divide_each_streamed_batch(folder, world):
+    whole = rows(module(folder, unique_samples=None, steps=5))
+    parts = [rows(module(folder, rank, world, unique_samples=None, steps=5, workers=1)) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        assert [parts[row % world][step][row // world] for row in range(8)] == batch
+
+
+def test_a_spawned_worker_reads_the_same(folder):
+    made = module(folder, unique_samples=None)
+    made.data.first(3, PREPROCESS)
+    expected = [batch["images"] for batch in made.train_dataloader()]
+    loader = made.train_dataloader()
+    loader.dataset.tokenizer = None
+    spawned = torch.utils.data.DataLoader(
+        loader.dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn"
+    )
+    assert all(torch.equal(one, other["images"]) for one, other in zip(expected, spawned, strict=True))
 
 
 class Model(L.LightningModule):
@@ -133,7 +179,16 @@ def test_skipped_samples_reach_the_main_process(folder, unique):
     )  # fmt: skip
     trainer.fit(Model(), made)
     assert trainer.global_step == 40
-    expected = range(3, 4) if unique else range(8, 40)
-    assert made.skipped["corrupt image"] in expected
+    data = CaptionShards(str(folder), "test")
+    met = SkipCounter.summed(data.batch(step, 8, 0, 1, PREPROCESS, 0).skipped for step in range(40))
+    assert made.skipped == ({"corrupt image": 3} if unique else met)
+    assert met["corrupt image"] >= 4 * 4  # four damaged images in each of more than four epochs
     assert made.skipped.gathered() == made.skipped
-    assert list(itertools.chain(made.skipped)) == ["corrupt image"]
+
+
+def test_a_mistake_that_a_worker_meets_ends_training_in_its_own_words(folder):
+    made = module(folder, unique_samples=None, workers=2, steps=40)
+    made.data = CaptionShards(str(folder), "test", caption_key="text")
+    trainer = L.Trainer(max_steps=40, max_epochs=-1, accelerator="cpu", logger=False, barebones=True)
+    with pytest.raises(UserError, match=r"^data=test: 1000 samples in a row are unusable.*caption_key=text\.$"):
+        trainer.fit(Model(), made)

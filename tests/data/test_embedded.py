@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from qatlab.data import CaptionModule, Preprocess, world
 from qatlab.data.embedded import BIASED, CLASS_NAMES, KINDS, EmbeddedSet, lesson, write_caption_shards
-from qatlab.data.rendered import RenderedStream
+from qatlab.data.module import caption_ids
+from qatlab.data.rendered import RenderedShards, RenderedStream
 from qatlab.data.vocabulary import caption, tokenize
 from qatlab.errors import UserError
 
@@ -115,22 +116,32 @@ def rendered(workers: int, start: int = 0) -> list[dict]:
 
 def test_stream_is_the_same_with_any_number_of_workers() -> None:
     alone, shared = rendered(0), rendered(2)
-    assert [len(batch["captions"]) for batch in alone] == [16] * 4
+    assert [len(batch["caption_ids"]) for batch in alone] == [16] * 4
     for one, other in zip(alone, shared, strict=True):
         assert torch.equal(one["images"], other["images"])
         assert torch.equal(one["labels"], other["labels"])
         assert torch.equal(one["tokens"], other["tokens"])
-        assert one["captions"] == other["captions"]
+        assert torch.equal(one["caption_ids"], other["caption_ids"])
     assert torch.equal(rendered(0, start=2)[0]["images"], alone[2]["images"])
     specs = [lesson(i, 64, 5) for i in range(64)]
-    assert [caption(spec) for spec in specs] == [text for batch in alone for text in batch["captions"]]
+    assert torch.equal(tokenize([caption(spec) for spec in specs]), torch.cat([b["tokens"] for b in alone]))
+    assert torch.equal(caption_ids([caption(spec) for spec in specs]), torch.cat([b["caption_ids"] for b in alone]))
     assert [CLASS_NAMES.index(spec.shape) for spec in specs] == torch.cat([b["labels"] for b in alone]).tolist()
 
 
 def test_stream_is_divided_among_ranks() -> None:
     data = RenderedStream("embedded_stream", steps=2, batch_size=6)
-    keys = [[pair.key for pair in data.stream(None, 5, rank, 2)] for rank in (0, 1)]  # type: ignore[arg-type]
+    preprocess = Preprocess(64, (0.5,) * 3, (0.25,) * 3)
+    keys = [[key for step in (0, 1) for key in data.batch(step, 6, rank, 2, preprocess, 5).keys] for rank in (0, 1)]
     assert keys == [[f"{i:09d}" for i in range(first, 12, 2)] for first in (0, 1)]
+
+
+def test_fingerprint_tells_which_images_are_rendered() -> None:
+    sizes = [(2, 6), (6, 2), (2, 6)]
+    prints = [RenderedStream("embedded_stream", steps, batch).fingerprint() for steps, batch in sizes]
+    assert prints[0] == prints[2] != prints[1]
+    written = [RenderedShards("embedded", samples, 1).fingerprint() for samples in (8, 100, 8)]
+    assert written[0] == written[2] != written[1]
 
 
 def test_lessons_follow_the_curriculum() -> None:

@@ -1,0 +1,90 @@
+"""Decoded images kept on disk, so that a sample read twice is decoded once."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+import torchvision
+
+from qatlab.cache import cache_dir
+from qatlab.data.fetch import digest, unwritable
+from qatlab.data.tars import OPEN_FILES, TarIndex
+from qatlab.data.transforms import Preprocess
+
+VERSION = 1  # counts changes of how images are decoded and stored
+WRITTEN = 1 << 32  # added to the checksum, so that the zeros of a hole in the file are no checksum
+
+
+class DecodedImages:
+    """The images of shards as (3, S, S) uint8, one file per shard in ``$QATLAB_CACHE/decoded``.
+
+    Each image has a record of its own at a fixed place: the pixels, then 8 bytes with their CRC-32, written last; a
+    record without a right checksum was never written whole and counts as absent. Files are sparse and grow as images
+    are added. Any number of processes may read and write at once: two that write the same image write the same bytes.
+    What decides the pixels is in the path: the shard's path, size and time, the preprocessing, and the versions of the
+    libraries that decode and resize.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+        pixels = (preprocess.size, preprocess.interpolation, preprocess.resize_mode, preprocess.fill_color)
+        versions = (VERSION, torch.__version__, torchvision.__version__, PIL.__version__)
+        self.folder = cache_dir("decoded", digest(repr((pixels, versions)))[:16])
+        self.size = 3 * preprocess.size**2
+        self._files: OrderedDict[str, CacheFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def read(self, index: TarIndex, number: int, pixels: memoryview) -> bool:
+        """Fill ``pixels``, 3 S S bytes, with an image and return True, or return False when the cache has it not."""
+        mark = bytearray(8)
+        try:
+            os.preadv(self._file(index).number, [pixels, mark], number * (self.size + 8))
+        except OSError:  # decoded anew; if the folder itself is at fault, writing says so
+            return False
+        return int.from_bytes(mark, "little") == WRITTEN + zlib.crc32(pixels)
+
+    def write(self, index: TarIndex, number: int, pixels: memoryview) -> None:
+        """Store an image; raises UserError when the disk is full."""
+        mark = (WRITTEN + zlib.crc32(pixels)).to_bytes(8, "little")
+        place = number * (self.size + 8)
+        try:
+            file = self._file(index).number
+            _write(file, pixels, place)
+            _write(file, mark, place + self.size)
+        except OSError as error:
+            raise unwritable(self.folder, error, ", or set data.cache=false") from error
+
+    def _file(self, index: TarIndex) -> CacheFile:
+        if index.identity not in self._files:
+            self._files[index.identity] = CacheFile(self.folder / f"{digest(index.identity)}.u8")
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(index.identity)
+        return self._files[index.identity]
+
+
+class CacheFile:
+    """A file open for reading and writing at any place, made if absent; closed when nobody holds it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _write(file: int, data: memoryview | bytes, offset: int) -> None:
+    """Write everything: the last bytes before a disk is full are taken without an error."""
+    rest = memoryview(data)
+    while rest:
+        done = os.pwrite(file, rest, offset)
+        rest, offset = rest[done:], offset + done

@@ -1,0 +1,178 @@
+"""A plain tar on this disk for every shard: remote and compressed ones are brought into the cache once per machine."""
+
+from __future__ import annotations
+
+import bz2
+import fcntl
+import gzip
+import hashlib
+import lzma
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from webdataset.gopen import gopen
+
+from qatlab.cache import atomic, cache_dir
+from qatlab.errors import UserError
+
+CHUNK = 2**20
+COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+
+
+def is_local(shard: str) -> bool:
+    """Return whether a shard is a path on this disk rather than a URL or a command."""
+    return "://" not in shard and not shard.startswith("pipe:")
+
+
+def shown(shard: str) -> str:
+    """Return a shard as it may be printed: a URL without its query, which may hold a signature."""
+    return shard.split("?")[0] if "://" in shard and not shard.startswith("pipe:") else shard
+
+
+def identity(path: Path | str, status: os.stat_result) -> str:
+    """Return the text by which caches know a file: its path, size and time of change."""
+    return f"{os.path.abspath(path)}/{status.st_size}/{status.st_mtime_ns}"
+
+
+def digest(text: str) -> str:
+    """Return the 32 hex digits under which caches file what belongs to ``text``."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+def local_file(shard: str) -> Path:
+    """Return the path of the shard as an uncompressed tar.
+
+    That is the shard itself, or for a URL or ``pipe:`` command a copy in the cache (``$QATLAB_CACHE/shards``): fetched
+    through webdataset's openers when it is first asked for, once per machine, however many workers and ranks ask. A
+    copy is kept under its URL for good: what changes behind the same URL is not seen. Compressed tars (gzip, bzip2,
+    xz) are unpacked there too. Raises UserError when the shard cannot be fetched or the cache cannot be written.
+    """
+    if is_local(shard):
+        source = Path(shard)
+        with source.open("rb") as file:
+            compressed = _compression(file.read(6))
+        if compressed is None:
+            return source
+        target = _place(identity(source, source.stat()))
+        once(target, lambda path: _unpack(compressed, source, path))
+    else:
+        target = _place(shard)
+        once(target, lambda path: _fetch(shard, path))
+    return target
+
+
+def once(path: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` make the file ``path`` unless it is there; of several processes one does, the others wait.
+
+    ``write`` is given a temporary path, so that no reader sees half a file; what a killed process left of one is
+    removed. Raises UserError when the folder cannot be written to.
+    """
+    if path.exists():
+        return
+    with locked(path.name) as alone:
+        if path.exists():
+            return
+        for rest in path.parent.glob(f".{path.name}.*") if alone else ():
+            rest.unlink(missing_ok=True)
+        try:
+            with atomic(path) as temporary:
+                write(temporary)
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
+
+
+@contextmanager
+def locked(name: str) -> Iterator[bool]:
+    """Hold one of 256 locks of this machine, chosen by ``name``.
+
+    Yields False on a file system without locks, where several processes may then do the same work.
+    """
+    with (cache_dir("locks") / digest(name)[:2]).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # given back by the kernel when its holder dies
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def unwritable(folder: Path, error: OSError, remedy: str = "") -> UserError:
+    """Return the UserError for a cache folder that cannot be written to, with the free space and what can be done."""
+    free = shutil.disk_usage(folder).free / 2**20
+    return UserError(
+        f"{folder} cannot be written to ({error.strerror or error}; {free:.0f} MiB are free on its disk): make room or "
+        f"point QATLAB_CACHE at another disk{remedy}."
+    )
+
+
+def _place(text: str) -> Path:
+    return cache_dir("shards") / f"{digest(text)}.tar"
+
+
+def _fetch(shard: str, path: Path) -> None:
+    stream: Any = None
+    with path.open("wb") as file:
+        try:
+            stream = gopen(shard)
+            chunk = stream.read(CHUNK)
+        except (OSError, ValueError) as error:
+            raise _unfetchable(shard, stream, error) from None
+        while chunk:
+            file.write(chunk)
+            try:
+                chunk = stream.read(CHUNK)
+            except OSError as error:
+                raise _unfetchable(shard, stream, error) from None
+        try:
+            stream.close()
+        except OSError as error:
+            raise _unfetchable(shard, stream, error) from None
+    with path.open("rb") as file:
+        compressed = _compression(file.read(6))
+    if compressed is not None:
+        packed = path.with_suffix(".packed")
+        path.rename(packed)
+        try:
+            _unpack(compressed, packed, path)
+        finally:
+            packed.unlink()
+
+
+def _unfetchable(shard: str, stream: Any, error: Exception) -> UserError:
+    # webdataset's own text holds the whole command, with a token where the scheme needs one
+    status = getattr(stream, "status", None)
+    reason = (
+        f"its command ended with status {status}" if status is not None else str(error).replace(shard, shown(shard))
+    )
+    return UserError(
+        f"data.shards: {shown(shard)} cannot be fetched ({reason}); check the address and this machine's network, then "
+        "give the same command again: it goes on from the last checkpoint."
+    )
+
+
+def _compression(start: bytes) -> Callable[[Path], Any] | None:
+    return next((opener for magic, opener in COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
+def _unpack(opener: Callable[[Path], Any], source: Path, target: Path) -> None:
+    """Write what can be unpacked; a damaged end is found again, and reported, when the tar is read."""
+    with opener(source) as stream, target.open("wb") as file:
+        while True:
+            try:
+                chunk = stream.read1(CHUNK)
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                if getattr(error, "errno", None):  # the disk's error, not one of the packed data
+                    raise UserError(f"data.shards: {source} cannot be read: {error}.") from error
+                return
+            if not chunk:
+                return
+            file.write(chunk)
