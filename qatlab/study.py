@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from qatlab import clip as clips
 from qatlab.cache import atomic
-from qatlab.callbacks import Checkpoints, Curves, Profile, Temperature
-from qatlab.checkpoints import last_whole, require_same
+from qatlab.callbacks import Temperature
 from qatlab.config import Config, QuantConfig
-from qatlab.data import Captioned, CaptionModule, SkipCounter
+from qatlab.data import Captioned, SkipCounter
 from qatlab.data.embedded import CLASS_NAMES
 from qatlab.data.suites import Suite, build_suite
 from qatlab.errors import UserError
@@ -33,9 +32,10 @@ from qatlab.faults import faults_named
 from qatlab.module import Student
 from qatlab.objectives import teacher_probabilities
 from qatlab.quant import calibrate, layer_report, quantize, verify
-from qatlab.results import Run, identity, unfinished_beside
+from qatlab.results import Run, unfinished_beside
 from qatlab.stopping import Stopped, StopSignals
 from qatlab.trainer import build_trainer, quiet
+from qatlab.training import train
 from qatlab.zeroshot import encode_text
 
 QUANTIZED, TRAINED = "quantized.safetensors", "model.safetensors"
@@ -103,7 +103,7 @@ class Study:
             template = config.suite.templates[0]
             self.module.class_tokens = self.clip.tokenizer([template.format(name) for name in CLASS_NAMES])
         self._check_refit()
-        self._skipped = SkipCounter()
+        self.training_skipped = SkipCounter()
         self.computed = False
 
     # -- what a run consists of --------------------------------------------------------------------------------------
@@ -186,8 +186,8 @@ class Study:
         """Embed the sets whose rows some view still lacks, once, and store a row per evaluation and view."""
         suite = self._missing(views)
         if suite.sets:
-            self._say(f"{views[0].stage}: scoring {suite.images} images")
-            self._pass(suite, views, step, self.run.folder)
+            self.say(f"{views[0].stage}: scoring {suite.images} images")
+            self.embed_pass(suite, views, step, self.run.folder)
 
     def _missing(self, views: list[View]) -> Suite:
         """Return the sets that some evaluation gives rows of and that lack them under one of ``views``."""
@@ -197,15 +197,16 @@ class Study:
             lambda source: all((source.name, view.definition(source)) in done[view] for view in views), roles
         )
 
-    def _pass(self, suite: Suite, views: list[View], step: int, folder: Path | None) -> None:
+    def embed_pass(self, suite: Suite, views: list[View], step: int, folder: Path | None) -> None:
+        """Embed ``suite`` once and have every evaluation report it under ``views``; files go to ``folder``, if any."""
         module = self.module
         module.scored_views, module.scored_step, module.run_folder = views, step, folder
         module.facts = self.facts(views[0].stage)
         module.sources = [entry.source for entry in suite.sets]
-        loaders = self._loaders(suite)
+        loaders = self.loaders(suite)
         self.computed = True
         self.progress["batches"] = sum(len(loader) for loader in loaders)
-        with self._stoppable():
+        with self.stoppable():
             self.trainer.validate(module, dataloaders=loaders, verbose=False)
 
     def quantize(self) -> None:
@@ -216,15 +217,15 @@ class Study:
         if stored.exists():
             student.load_state_dict(load_file(stored))
         else:
-            self._say(f"calibrating on {self.config.quant.calibration_images} images of {self.data.name}")
+            self.say(f"calibrating on {self.config.quant.calibration_images} images of {self.data.name}")
             device = self.trainer.strategy.root_device
             images = self.clip.preprocess.normalize(self.captioned().images[: self.config.quant.calibration_images])
             calibrate(student.to(device), (chunk.to(device) for chunk in images.split(self.config.suite.batch_size)))
             few = images[:REPORT_IMAGES].to(device)
             report = layer_report(student, few)
             verify(student, few)
-            self._write("layers.csv", lambda path: pl.DataFrame(report, infer_schema_length=None).write_csv(path))
-            self._write(QUANTIZED, lambda path: save_file(_tensors(student), path))
+            self.write("layers.csv", lambda path: pl.DataFrame(report, infer_schema_length=None).write_csv(path))
+            self.write(QUANTIZED, lambda path: save_file(_tensors(student), path))
         self.module.visual = student
 
     def train(self) -> None:
@@ -234,27 +235,12 @@ class Study:
         assert trained is not None
         if stored.exists():
             trained.load_state_dict(load_file(stored))
-            self.module.logit_scale = self._state()["logit_scale"]
+            self.module.logit_scale = self.state()["logit_scale"]
             return
-        path, checkpoint = self._last_checkpoint()
-        self._say(f"training{f' on from {path.name}' if path else ''}")
-        module = self.module
-        module.run_folder, module.scored_step = None, None
-        module.facts = self.facts(self.stages[-1])
-        batches = self._caption_batches(checkpoint.get("global_step", 0))
-        self.trainer.callbacks += self._while_training()  # type: ignore[attr-defined]
-        with self._stoppable():
-            self.trainer.fit(
-                self.module,
-                datamodule=batches,
-                ckpt_path=path and str(path),
-                weights_only=True,
-            )
-        # Looped samples are the same on every rank, streamed ones are divided.
-        self._skipped = batches.skipped if self.config.fit.unique_samples else batches.skipped.gathered()
+        self.training_skipped = train(self)
         # The weights come last: once they are there the stage counts as finished.
-        self._state(logit_scale=self.module.logit_scale)
-        self._write(TRAINED, lambda path: save_file(_tensors(trained), path))
+        self.state(logit_scale=self.module.logit_scale)
+        self.write(TRAINED, lambda path: save_file(_tensors(trained), path))
         if self.trainer.is_global_zero:
             shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)  # they held what is now the model
 
@@ -266,28 +252,28 @@ class Study:
         split = self.suite.only(roles={"calibration"}).sets
         definition = split[0].source.definition if temperature.source == "calibration" and split else ""
         name = "/".join(filter(None, [temperature.stage, definition]))
-        known = self._state().get(name)
+        known = self.state().get(name)
         if known is None:
             fit = self._refit(temperature)
             row = temperature.row(fit, definition) | self.facts(self.stages[-1])
             self.run.append([row | {"step": self.config.fit.steps, "prompts": None}])
             known = fit.logit_scale
             if fit.at_bound:
-                self._say(
+                self.say(
                     f"  the fit ended at its bound, s = {known:g}: {temperature.count} images do not tell the scale"
                 )
-            self._state(**{name: known})
+            self.state(**{name: known})
         return View(temperature.stage, known, definition)
 
     def _refit(self, temperature: Temperature) -> Any:
         current = self.module.logit_scale
         if temperature.source == "calibration":
             split = self.suite.only(roles={"calibration"})
-            self._say(f"refitting the temperature on {split.images} calibration images")
-            self._pass(split, [View(self.stages[-1], current)], self.config.fit.steps, folder=None)
+            self.say(f"refitting the temperature on {split.images} calibration images")
+            self.embed_pass(split, [View(self.stages[-1], current)], self.config.fit.steps, folder=None)
             return temperature.fit(current)
         captioned = self.captioned()
-        self._say(f"refitting the temperature on {len(captioned.images)} images of {self.data.name}, no labels")
+        self.say(f"refitting the temperature on {len(captioned.images)} images of {self.data.name}, no labels")
         texts = encode_text(self.clip, captioned.captions) if self.module.bank is None else self.module.bank
         student, teacher = (
             self._features(captioned.images, visual) for visual in (self.module.visual, self.clip.visual)
@@ -297,7 +283,7 @@ class Study:
     @property
     def skipped(self) -> SkipCounter:
         """Return how many caption samples this process could not read, by reason."""
-        return self._skipped or SkipCounter(self._captioned.skipped if self._captioned else {})
+        return self.training_skipped or SkipCounter(self._captioned.skipped if self._captioned else {})
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
@@ -321,62 +307,19 @@ class Study:
             self._captioned = self.data.first(images, self.clip.preprocess)
         return self._captioned
 
-    def _caption_batches(self, start: int) -> CaptionModule:
-        fit = self.config.fit
-        return CaptionModule(
-            self.data, self.clip.preprocess, self.clip.tokenizer, fit.batch_size, fit.unique_samples, fit.workers,
-            self.config.seed, fit.steps, start, self._probe_loaders(),
-        )  # fmt: skip
-
-    @property
-    def _made_with(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with for training to go on from it."""
-        return {**identity(self.config), "the training data": self.data.fingerprint()}
-
-    def _while_training(self) -> list[L.Callback]:
-        fit, folder = self.config.fit, self.run.folder
-        saving = Checkpoints(folder / "checkpoints", fit.checkpoint_every, fit.eval_every, self.stop, self._made_with)
-        return [Curves(self._few_images), saving, *([Profile(folder)] if fit.profile else [])]
-
-    def _few_images(self) -> Tensor:
+    def few_images(self) -> Tensor:
+        """Return the normalised images (n, 3, S, S) that layers are reported on."""
         return self.clip.preprocess.normalize(self.captioned().images[:REPORT_IMAGES])
 
-    def _last_checkpoint(self) -> tuple[Path | None, dict[str, Any]]:
-        """Return the last whole checkpoint and its content; a probe that was cut short behind it is made up for."""
-        path, content, damaged = last_whole(self.run.folder / "checkpoints")
-        for line in damaged:
-            self._say(f"{line}: going on from {path.name if path else 'the start'}")
-        if path is None:
-            return None, {}
-        require_same(path, content, self._made_with)
-        step, every = content["global_step"], self.config.fit.eval_every
-        probed = {row["step"] for row in self.run.rows() if row["stage"] == "probe"}
-        if self.probe is not None and every and step % every == 0 and step not in probed:
-            self._say(f"step {step}: the probe that was cut short")
-            before = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
-            scale = self.module.logit_scale
-            self.module.on_load_checkpoint(content)
-            self.module.load_state_dict(content["state_dict"])
-            self._pass(self.probe, [View("probe", self.module.logit_scale)], step, folder=None)
-            # Training restores the checkpoint itself, and measures how far the scales have moved from here.
-            self.module.load_state_dict(before)
-            self.module.logit_scale = scale
-        return path, content
-
-    def _loaders(self, suite: Suite) -> list[Any]:
+    def loaders(self, suite: Suite) -> list[Any]:
+        """Return this rank's loaders of the sets of ``suite``."""
         world = self.trainer.world_size
         return list(
             suite.loaders(self.config.suite.batch_size, self.config.fit.workers, self.trainer.global_rank, world)
         )
 
-    def _probe_loaders(self) -> list[Any]:
-        if self.probe is None:
-            return []
-        self.module.sources = [entry.source for entry in self.probe.sets]
-        return self._loaders(self.probe)
-
     @contextmanager
-    def _stoppable(self) -> Iterator[None]:
+    def stoppable(self) -> Iterator[None]:
         """Take the processes that this one started along when it is stopped; what went wrong with them is told in a sentence."""
         try:
             with faults_named(self.config, self.trainer):
@@ -386,21 +329,23 @@ class Study:
                 launcher.kill(signal.SIGTERM)
             raise
 
-    def _state(self, **news: float) -> dict[str, float]:
+    def state(self, **news: float) -> dict[str, float]:
         """Return the scales learned so far, ``news`` added and stored."""
         path = self.run.folder / "scales.json"
         state = json.loads(path.read_text()) if path.exists() else {}
         if news:
             state |= news
-            self._write("scales.json", lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
+            self.write("scales.json", lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
         return state
 
-    def _write(self, name: str, write: Any) -> None:
+    def write(self, name: str, write: Any) -> None:
+        """Have ``write(path)`` make the file ``name`` of the run folder, whole or not at all, on rank zero."""
         if self.trainer.is_global_zero:
             with atomic(self.run.folder / name) as temporary:
                 write(temporary)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print ``line`` on rank zero."""
         if self.trainer.is_global_zero:
             print(line, flush=True)
 

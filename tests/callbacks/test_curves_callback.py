@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qatlab import training
 from qatlab.callbacks.curves import Curves, gradient_norms, layer_means, learned_scales
 from qatlab.config import Config
 from qatlab.loggers import merge_curves
@@ -28,15 +29,6 @@ from qatlab.study import Study, quantized_copy
 Options = Callable[..., Config]
 KINDS = ("in_proj", "out_proj", "c_fc", "c_proj")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-
-
-class WatchedStudy(Study):
-    """A study whose training is watched by the callbacks given, in place of its own Curves."""
-
-    watching: list[L.Callback]
-
-    def _while_training(self) -> list[L.Callback]:
-        return [*(c for c in super()._while_training() if not isinstance(c, Curves)), *self.watching]
 
 
 class Trained:
@@ -54,11 +46,15 @@ class Trained:
         self.config = options(recipe, f"output={folder}", *overrides)
         self.calls = 0
         with Run(self.config, recipe) as self.run, StopSignals() as stop:
-            self.study = study = WatchedStudy(self.config, self.run, recipe, stop)
+            self.study = study = Study(self.config, self.run, recipe, stop)
             if "quantized" in study.stages:
                 study.quantize()
-            study.watching = [*([Curves(self.images)] if watched else []), *others]
-            study.train()
+            usual = training._callbacks
+            watching = [*([Curves(self.images)] if watched else []), *others]
+            with pytest.MonkeyPatch.context() as patch:  # in place of the run's own Curves
+                kept = [callback for callback in usual(study) if not isinstance(callback, Curves)]
+                patch.setattr(training, "_callbacks", lambda _: [*kept, *watching])
+                study.train()
         self.file = merge_curves(self.run.folder)
 
     def images(self) -> Tensor:
