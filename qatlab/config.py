@@ -147,7 +147,7 @@ class FitConfig:
     eval_every: int = 50
     """Steps between probes on the small suite; 0: none."""
     checkpoint_every: int = 50
-    """Steps between training checkpoints."""
+    """Steps between training checkpoints; one lies before each probe too, the last two are kept."""
     workers: int = 2
     """Data-loading processes per device."""
     micro_batch: int | None = None

@@ -43,7 +43,8 @@ def settle(module: Student, trainer: L.Trainer, earlier: Settled | None) -> Sett
     if trainer.is_global_zero:
         at_once = settled["micro_batch"]
         share = f"{at_once} of {images} images at a time" if at_once < images else f"all {images} images at once"
-        print(f"  {share} ({at_once * per_image / 2**20:.0f} MiB), {settled['kernels']} kernels", flush=True)
+        products = "" if config.quant.matmul == "float" else f", {config.quant.matmul} products"
+        print(f"  {share} ({at_once * per_image / 2**20:.0f} MiB), {settled['kernels']} kernels{products}", flush=True)
     return settled
 
 

@@ -31,7 +31,8 @@ from qatlab.evaluation import View
 from qatlab.faults import faults_named
 from qatlab.module import Student
 from qatlab.objectives import teacher_probabilities
-from qatlab.quant import calibrate, layer_report, quantize, verify
+from qatlab.quant import calibrate, kernels, layer_report, quantize, verify
+from qatlab.quant.layers import prepare_training
 from qatlab.results import Run, unfinished_beside
 from qatlab.stopping import Stopped, StopSignals
 from qatlab.trainer import build_trainer, quiet
@@ -90,9 +91,12 @@ class Study:
         probing = config.fit.steps and config.fit.eval_every and not (run.folder / TRAINED).exists()
         self.probe = self.suite.probe(config.suite.probe_sets, config.suite.probe_images) if probing else None
         bank = getattr(self.data, "text_bank", None)
-        # Built before anything is scored: a rule or bit-width that does not fit ends the run here.
+        # Built before anything is scored: a rule, a bit-width or kernels that do not fit end the run here.
         self.student = quantized_copy(self.clip.visual, config.quant) if is_quantized(config.quant) else None
         visual = self.clip.visual
+        if config.fit.steps:
+            prepare_training(self.student or visual, "eager", config.quant.matmul)
+            kernels.choose(config.quant.kernels, self.trainer.strategy.root_device, elements=0)
         if config.fit.steps and not config.fit.from_scratch and self.student is None:
             visual = copy.deepcopy(visual)  # the one in self.clip stays as it is: the teacher
         self.module = Student(
