@@ -41,15 +41,23 @@ def free_bytes(device: torch.device) -> int:
 
 def _control_group() -> list[int]:
     """Return what the process's control group leaves (Slurm and containers set one), nothing where there is no limit."""
-    folder = Path("/sys/fs/cgroup")
+    root = Path("/sys/fs/cgroup")
     try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::"):
-                folder = folder / line[3:].lstrip("/")
-        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:  # an older kernel, or no control groups
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no control groups
         return []
-    return [] if limit == "max" else [max(0, int(limit) - int(used))]
+    own = next((root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), root)
+    return [room for folder in (own, *own.parents) if folder.is_relative_to(root) for room in _room(folder)]
+
+
+def _room(folder: Path) -> list[int]:
+    """Return what the limit of one group leaves; files that the kernel only caches are given back when asked for."""
+    try:
+        limit, used, stat = ((folder / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
+    except OSError:  # the root group, or an older kernel
+        return []
+    cached = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
+    return [] if limit.strip() == "max" else [max(0, int(limit) - int(used) + int(cached))]
 
 
 def largest_micro_batch(images: int, per_image: int, fixed: int, free: int) -> int:

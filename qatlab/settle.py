@@ -40,6 +40,9 @@ def settle(module: Student, trainer: L.Trainer, earlier: Settled | None) -> Sett
     if earlier:
         kept = {"micro_batch": config.fit.micro_batch is None, "kernels": config.quant.kernels == "auto"}
         settled |= {name: earlier[name] for name, keeps in kept.items() if keeps}
+        kernels.choose(
+            settled["kernels"], device, elements
+        )  # it may have been settled on a machine that has a compiler
     if trainer.is_global_zero:
         at_once = settled["micro_batch"]
         share = f"{at_once} of {images} images at a time" if at_once < images else f"all {images} images at once"

@@ -573,7 +573,11 @@ def test_an_image_tower_learns_from_a_bank_of_texts(
         ("light_qat", ["fit.schedule=cosin"], r"fit\.schedule=cosin is unknown"),
         ("light_qat", ["quant.kernels=compield"], r"quant\.kernels=compield is unknown .did you mean 'compiled'"),
         ("light_qat", ["quant.matmul=int9"], r"quant\.matmul=int9 is unknown .did you mean 'int8'"),
-        ("light_qat", ["quant.matmul=int8", "~quant/act"], r"quant\.matmul=int8 multiplies integer codes, and no layer"),
+        (
+            "light_qat",
+            ["quant.matmul=int8", "~quant/act"],
+            r"quant\.matmul=int8 multiplies integer codes, and no layer",
+        ),
         ("light_qat", ["objective.contrastive=0"], r"no objective: give one of objective\.contrastive"),
         ("pretrain_tiny", ["quant/weight=minmax"], r"fit\.from_scratch=true trains both towers in full precision"),
         ("pretrain_tiny", ["data=embedded"], r"objective\.class_cross_entropy needs labelled training images"),

@@ -87,10 +87,12 @@ def _on_flat(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``kernel`` called with flat tensors where one scale serves all, reshaped back after."""
 
     def call(x: Tensor, scale: Tensor, *rest: Any) -> Any:
-        if scale.ndim:
-            return kernel(x, scale, *rest)
-        flat = [value.reshape(-1) if isinstance(value, Tensor) else value for value in rest]
-        result = kernel(x.reshape(-1), scale, *flat)
+        flat = (lambda tensor: tensor) if scale.ndim else (lambda tensor: tensor.reshape(-1))
+        # torch compiles anew for every mixture of autograd, autocast and views that it meets, and gives up after eight:
+        # here there is only one.
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            others = (flat(value).detach() if isinstance(value, Tensor) else value for value in rest)
+            result = kernel(flat(x).detach(), scale.detach(), *others)
         return (result[0].view(x.shape), result[1]) if isinstance(result, tuple) else result.view(x.shape)
 
     return call

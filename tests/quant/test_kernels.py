@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from qatlab.errors import UserError
-from qatlab.quant import kernels
+from qatlab.quant import LSQ, calibrate, kernels, quantize, verify
 from qatlab.quant.kernels import EAGER, LONG_RUN, Kernels, choose
+from qatlab.quant.layers import prepare_training
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_COMPILER = kernels._missing_compiler(CPU)
@@ -22,9 +25,12 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
-def get() -> Callable[[str], Kernels]:
+def get() -> Iterator[Callable[[str], Kernels]]:
     """``get(kind)``: the kernels; compiled once for this file."""
-    return lambda kind: kernels.compiled() if kind == "compiled" else EAGER
+    # After so many compilations torch goes on without one and says little: here that is an error.
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield lambda kind: kernels.compiled() if kind == "compiled" else EAGER
 
 
 def expected(x: Tensor, scale: Tensor, grad: Tensor, bits: int) -> dict[str, np.ndarray]:
@@ -165,13 +171,14 @@ def test_inputs_are_left_alone() -> None:
 
 @pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 @pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
-def test_one_compilation_serves_every_shape_and_width_and_gives_the_same_bits(get: Any, per_channel: bool) -> None:
+def test_no_shape_or_width_compiles_anew_or_gives_other_bits(get: Any, per_channel: bool) -> None:
     def inputs(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
         x, grad = torch.randn(rows, columns), torch.randn(rows, columns)
         return x, torch.rand(rows, 1) * 0.3 + 0.05 if per_channel else torch.tensor(0.21), grad
 
     torch.manual_seed(0)
-    everything(get("compiled"), *inputs(6, 40))
+    for rows in (6, 600):  # inductor sums less than 4096 elements otherwise
+        everything(get("compiled"), *inputs(rows, 40))
     with torch.compiler.set_stance("fail_on_recompile"):
         for rows, columns, bits in ((6, 40, 4), (3, 2, 4), (50, 768, 8), (768, 33, 3), (7, 1000, 8)):
             x, scale, grad = inputs(rows, columns)
@@ -179,6 +186,25 @@ def test_one_compilation_serves_every_shape_and_width_and_gives_the_same_bits(ge
             *plain, plain_slope = everything(EAGER, x, scale, grad, bits)
             assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
             assert float((slope - plain_slope).abs().max()) <= 1e-5 * float(grad.norm()) * 2 ** (bits - 1)
+
+
+@pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
+def test_a_run_compiles_each_kernel_a_few_times(build_visual: Any, images: Tensor, amp: bool) -> None:
+    """Training, scoring, another batch size: beyond torch's limit of 8 the rest would silently be computed eagerly."""
+    model = quantize(build_visual(), partial(LSQ, 8, per_channel=True), partial(LSQ, 8))
+    calibrate(model, [images])
+    prepare_training(model, "compiled", "float")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            for batch in (images, images[:2]):
+                with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                    loss = model.train()(batch).float().square().mean()
+                loss.backward()
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                model.eval()(images)
+            verify(model, images)
 
 
 # -- which kernels ---------------------------------------------------------------------------------------------------
