@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from qatlab.checkpoints import MADE_WITH
+from qatlab.errors import UserError
 from qatlab.stopping import Stopped, StopSignals
 
 
@@ -26,30 +27,38 @@ class Checkpoints(L.Callback):
     ) -> None:
         self.folder, self.every, self.probe_every, self.stop = folder, every, probe_every, stop
         self.made_with = made_with
+        self.stopping = 0  # the signal that a rank got, on all of them
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Let steps finish from now on."""
+        """Let steps finish from now on; UserError when the ranks go on from different checkpoints."""
+        first = trainer.strategy.broadcast(trainer.global_step)
+        if first != trainer.global_step:
+            raise UserError(
+                f"rank {trainer.global_rank} goes on from step {trainer.global_step} and rank 0 from step {first}: do all "
+                f"nodes see the same {self.folder}?"
+            )
+        self.stopping = 0
         self.stop.deferred = True
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Write a checkpoint where one is due; raise Stopped on every rank after the step in which one was told to."""
+        """Write a checkpoint where one is due, or where a signal has reached any of the ranks."""
         step = trainer.global_step
-        stopping = trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
+        received = torch.tensor(self.stop.received or 0, device=trainer.strategy.root_device)
+        self.stopping = int(trainer.strategy.reduce(received, reduce_op="max"))
         probe = self.probe_every and step % self.probe_every == 0
-        if stopping or probe or step % self.every == 0 or step == trainer.max_steps:
-            for logger in trainer.loggers:
-                logger.save()  # the curves up to here: a killed process would take them along
+        if self.stopping or probe or step % self.every == 0 or step == trainer.max_steps:
+            self._save_curves(trainer)
             trainer.save_checkpoint(self.folder / f"step={step}.ckpt")
-        if stopping:
-            raise Stopped(self.stop.received or signal.SIGTERM)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint which run it belongs to."""
-        checkpoint[MADE_WITH] = json.dumps(self.made_with)
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Stop before the next step, on every rank, when the last one was to be the last: its curves are logged by now."""
+        self._stop_if_told(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Let a signal end a probe at once: its checkpoint is there."""
-        self.stop.deferred = False
+        if trainer.state.fn == "fit":
+            self._stop_if_told(trainer)
+            self.stop.release()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Let steps finish again."""
@@ -57,8 +66,22 @@ class Checkpoints(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Let a signal end the stages after training at once."""
-        self.stop.deferred = False
+        self._stop_if_told(trainer)
+        self.stop.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Let a signal end what follows at once."""
         self.stop.deferred = False
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint which run it belongs to."""
+        checkpoint[MADE_WITH] = json.dumps(self.made_with)
+
+    def _stop_if_told(self, trainer: L.Trainer) -> None:
+        if self.stopping:
+            self._save_curves(trainer)
+            raise Stopped(self.stopping)
+
+    def _save_curves(self, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # a killed process would take along what it holds

@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 
 from qatlab.quant import Quantizer, layer_report
 from qatlab.quant.layers import quant_layers
+from qatlab.stopping import Stopped
 
 _REPORTED = ("act_clipped", "weight_sqnr_db", "act_sqnr_db", "output_sqnr_db")
 
@@ -58,11 +59,19 @@ class Curves(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the layers beside a probe."""
-        if trainer.state.fn == "fit":
+        if pl_module.views[0].stage == "probe":  # inside training, or made up for when it goes on
             self._report(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log where the last step took the scales."""
+        self._log_movement(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Log the same where a run is told to stop: it may have been the last step."""
+        if isinstance(exception, Stopped):
+            self._log_movement(trainer)
+
+    def _log_movement(self, trainer: L.Trainer) -> None:
         moved = {name: value.item() for name, value in _on_host(self._movement()).items()}
         for logger in trainer.loggers if moved else ():
             logger.log_metrics(moved, step=trainer.global_step)
@@ -83,7 +92,7 @@ class Curves(L.Callback):
             self._few = self.images()
         values = layer_means(layer_report(pl_module.visual, self._few))
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(values, step=pl_module.step)
 
 
 def learned_scales(visual: nn.Module) -> dict[str, list[Quantizer]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import zipfile
@@ -17,8 +18,8 @@ from qatlab.errors import UserError
 KEPT = 2  # the last one, and the one before it should that be damaged
 MADE_WITH = "qatlab"  # the key of what a checkpoint says about the run it belongs to
 
-# What is raised on a file that is cut off, empty, or not what torch wrote.
-DAMAGES = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
+# What is raised on a file that is cut off, empty, or has other bits than were written.
+DAMAGES = (zipfile.BadZipFile, EOFError, ValueError, pickle.UnpicklingError)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -38,18 +39,25 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]), reverse=True)
 
 
-def last_whole(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """Return the latest readable checkpoint of ``folder`` with its content, and a line for each damaged one after it.
+def last_whole(folder: Path) -> tuple[Path | None, dict[str, Any], dict[Path, str]]:
+    """Return the latest whole checkpoint of ``folder`` with its content, and the damaged ones after it with the reason.
 
-    (None, {}, lines) where there is none. Every byte is read, so that the trainer meets no damage later.
+    (None, {}, damaged) where there is none. Every byte is read, so that the trainer meets no damage later. Raises UserError
+    for a file that is there and cannot be read now: it may be whole.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for path in checkpoints(folder):
         try:
             _require_checksums(path)
             return path, torch.load(path, map_location="cpu", weights_only=True), damaged
         except DAMAGES as error:
-            damaged.append(f"{path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+            damaged[path] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what zipfile meets where a damaged directory points
+                raise UserError(
+                    f"{path} cannot be read ({error.strerror}): try again when the disk answers."
+                ) from error
+            damaged[path] = str(error)
     return None, {}, damaged
 
 
@@ -62,7 +70,7 @@ def _require_checksums(path: Path) -> None:
 
 def require_same(path: Path, content: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise UserError when the checkpoint was made with other options or data than ``now``, naming the differences."""
-    then = json.loads(content.get(MADE_WITH, "{}"))
+    then, now = json.loads(content.get(MADE_WITH, "{}")), json.loads(json.dumps(now))  # as JSON, tuples are lists
     differing = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
     if differing:
         listed = ", ".join(f"{key} {then.get(key)} there and {now.get(key)} now" for key in differing[:5])

@@ -41,18 +41,19 @@ def evaluate(config: Config, recipe: str) -> Run:
     with run, StopSignals() as stop:
         run.describe(recipe)
         study = Study(config, run, recipe, stop)
-        if folder:
-            study.require_finished()
-        if study.trainer.is_global_zero:
-            print(study.plan(), flush=True)
-        if "quantized" in study.stages:
-            study.quantize()
-        if config.fit.steps:
-            study.train()
-        refitted = study.refit()
-        stage = study.stages[-1] if folder else "fp32"
-        study.score([View(stage, study.module.logit_scale), *([refitted] if refitted else [])], config.fit.steps)
-        conclude(study)
+        with study.together():
+            if folder:
+                study.require_finished()
+            if study.trainer.is_global_zero:
+                print(study.plan(), flush=True)
+            if "quantized" in study.stages:
+                study.quantize()
+            if config.fit.steps:
+                study.train()
+            refitted = study.refit()
+            stage = study.stages[-1] if folder else "fp32"
+            study.score([View(stage, study.module.logit_scale), *([refitted] if refitted else [])], config.fit.steps)
+            conclude(study)
     return run
 
 

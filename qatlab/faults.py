@@ -15,30 +15,40 @@ from qatlab.errors import UserError
 GOES_ON = "The same command goes on from the last checkpoint or finished stage."
 
 
-@contextmanager
-def faults_named(config: Config, trainer: L.Trainer) -> Iterator[None]:
-    """Inside this context memory that ran out and loader processes that were killed raise UserError with the remedy."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-            raise UserError(_out_of_memory(config, trainer)) from error
-        if "DataLoader worker" in text:
-            raise UserError(
-                f"a data-loading process ended unexpectedly ({text.splitlines()[0].rstrip('.')}): the system kills one when "
-                f"memory runs out. Lower fit.workers={config.fit.workers}. {GOES_ON}"
-            ) from error
-        raise
+class Faults(L.Callback):
+    """Turns memory that ran out and loader processes that were killed into a UserError with the remedy."""
 
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.training = False
 
-def _out_of_memory(config: Config, trainer: L.Trainer) -> str:
-    device = trainer.strategy.root_device
-    training = trainer.state.fn == "fit" and not trainer.validating
-    if training:
-        at_once: Any = trainer.lightning_module.micro_batch
-        remedy = f"fit.micro_batch={max(1, (at_once or config.fit.batch_size) // 2)} (now {at_once}): the loss stays the same"
-    else:
-        remedy = f"suite.batch_size={max(1, config.suite.batch_size // 2)} (now {config.suite.batch_size})"
-    where = f"{device} ran out of memory" + (f" at step {trainer.global_step}" if training else " while scoring")
-    return f"{where}; set {remedy}. {GOES_ON}"
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Note whether a step failed or a forward of a pass: afterwards the trainer does not know any more."""
+        self.training = trainer.training
+
+    @contextmanager
+    def named(self, trainer: L.Trainer) -> Iterator[None]:
+        """Inside this context such errors are told in a sentence."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            text = str(error)
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+                raise UserError(self._out_of_memory(trainer)) from error
+            if "DataLoader worker" in text:
+                raise UserError(
+                    f"a data-loading process ended unexpectedly ({text.splitlines()[0].rstrip('. ')}): the system kills one "
+                    f"when memory runs out. Lower fit.workers={self.config.fit.workers}. {GOES_ON}"
+                ) from error
+            raise
+
+    def _out_of_memory(self, trainer: L.Trainer) -> str:
+        option, now, where = "suite.batch_size", self.config.suite.batch_size, "while scoring"
+        if self.training:
+            module: Any = trainer.lightning_module
+            option, where = "fit.micro_batch", f"at step {trainer.global_step}"
+            now = module.micro_batch or self.config.fit.batch_size
+        remedy = f"set {option}={now // 2} (it was {now}), which changes no result"
+        if now == 1:
+            remedy = "not even one image at a time fits, so take a smaller model or a larger device"
+        return f"{trainer.strategy.root_device} ran out of memory {where}: {remedy}. {GOES_ON}"

@@ -32,22 +32,23 @@ def fit(config: Config, recipe: str) -> Run:
     with Run(config, recipe) as run, StopSignals() as stop:
         run.describe(recipe)
         study = Study(config, run, recipe, stop)
-        if study.trainer.is_global_zero:
-            print(study.plan(), flush=True)
-        last = study.stages[-1]
+        with study.together():
+            if study.trainer.is_global_zero:
+                print(study.plan(), flush=True)
+            last = study.stages[-1]
 
-        if "fp32" in study.stages and last != "fp32":
-            study.score([View("fp32", study.module.logit_scale)], step=0)
-        if "quantized" in study.stages:
-            study.quantize()
-            if last != "quantized":
-                study.score([View("quantized", study.module.logit_scale)], step=0)
-        if config.fit.steps:
-            study.train()
-        refitted = study.refit()
-        views = [View(last, study.module.logit_scale), *([refitted] if refitted else [])]
-        study.score(views, step=config.fit.steps)
-        conclude(study)
+            if "fp32" in study.stages and last != "fp32":
+                study.score([View("fp32", study.module.logit_scale)], step=0)
+            if "quantized" in study.stages:
+                study.quantize()
+                if last != "quantized":
+                    study.score([View("quantized", study.module.logit_scale)], step=0)
+            if config.fit.steps:
+                study.train()
+            refitted = study.refit()
+            views = [View(last, study.module.logit_scale), *([refitted] if refitted else [])]
+            study.score(views, step=config.fit.steps)
+            conclude(study)
     return run
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 CHUNK = 32  # samples per forward
@@ -19,12 +18,18 @@ class FrozenFeatures:
 
     def __init__(self, count: int, compute: Callable[[int, int], Tensor]) -> None:
         self.count, self.compute = count, compute
-        self._chunks: dict[int, Tensor] = {}
+        self._table: Tensor | None = None
+        self._done: set[int] = set()
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Return the features of ``rows`` (B,) int64, on the device they were computed on."""
-        wanted = rows.tolist()
-        for chunk in sorted({row // CHUNK for row in wanted} - self._chunks.keys()):
-            stop = min(self.count, (chunk + 1) * CHUNK)
-            self._chunks[chunk] = self.compute(chunk * CHUNK, stop)
-        return torch.stack([self._chunks[row // CHUNK][row % CHUNK] for row in wanted])
+        if len(self._done) * CHUNK < self.count:
+            for chunk in sorted({row // CHUNK for row in rows.tolist()} - self._done):
+                start, stop = chunk * CHUNK, min(self.count, (chunk + 1) * CHUNK)
+                features = self.compute(start, stop)
+                if self._table is None:
+                    self._table = features.new_empty(self.count, *features.shape[1:])
+                self._table[start:stop] = features
+                self._done.add(chunk)
+        assert self._table is not None
+        return self._table[rows.to(self._table.device)]

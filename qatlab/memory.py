@@ -10,6 +10,9 @@ import psutil
 import torch
 from torch import Tensor
 
+# Limit, use and given-back files in the two versions of control groups.
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
 # What is left for what the estimate does not see: temporaries, fragmentation, the loader.
 SHARE = 0.6
 
@@ -46,17 +49,26 @@ def _control_group() -> list[int]:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:  # no control groups
         return []
-    own = next((root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), root)
-    return [room for folder in (own, *own.parents) if folder.is_relative_to(root) for room in _room(folder)]
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        version = {"": V2, "memory": V1}.get(controllers)
+        if version is not None:
+            top = root / controllers
+            own = top / path.lstrip("/")
+            found += [
+                room for folder in (own, *own.parents) if folder.is_relative_to(top) for room in _room(folder, version)
+            ]
+    return found
 
 
-def _room(folder: Path) -> list[int]:
+def _room(folder: Path, names: tuple[str, str, str]) -> list[int]:
     """Return what the limit of one group leaves; files that the kernel only caches are given back when asked for."""
     try:
-        limit, used, stat = ((folder / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
-    except OSError:  # the root group, or an older kernel
+        limit, used, stat = ((folder / name).read_text() for name in (*names[:2], "memory.stat"))
+    except OSError:  # the root group of version 2 has none
         return []
-    cached = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
+    cached = dict(line.split() for line in stat.splitlines()).get(names[2], 0)
     return [] if limit.strip() == "max" else [max(0, int(limit) - int(used) + int(cached))]
 
 

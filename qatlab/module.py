@@ -82,6 +82,10 @@ class Student(L.LightningModule):
             raise UserError(
                 f"fit.schedule={schedule} is unknown{nearest(schedule, SCHEDULES)}; there are {', '.join(SCHEDULES)}."
             )
+        if self.config.fit.teacher_bf16 and not self.objective.needs_teacher:
+            raise UserError(
+                "fit.teacher_bf16=true, but no teacher runs: give objective.kl or objective.feature_mse a weight, or leave it out."
+            )
         texts = self.clip.model is not None
         if "class_cross_entropy" in self.objective and not self.config.fit.from_scratch:
             raise UserError(
@@ -136,7 +140,7 @@ class Student(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if self.rows is not None:
             self.rows.remember(getattr(data, "looped", None))
-        self.settled = self.trainer.strategy.broadcast(settle(self, self.trainer, self.settled))
+        self.settled = settle(self, self.trainer, self.settled)
         prepare_training(self.visual, self.settled["kernels"], self.config.quant.matmul)
         self.micro_batch = self.settled["micro_batch"]
 
@@ -191,7 +195,7 @@ class Student(L.LightningModule):
 
     def _backward(self, loss: Tensor) -> None:
         """Add the gradients of a part; those of the last one are Lightning's to compute, and DDP's to average."""
-        with phase("backward"):
+        with phase("backward"), torch.autocast(self.device.type, enabled=False):  # as Lightning's is outside of it
             self.trainer.strategy.backward(loss, None)
 
     def _first_non_finite(self, images: Tensor) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import polars as pl
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
 
 from qatlab.cache import full_disk_named
 from qatlab.config import Config, load, save
@@ -211,7 +212,11 @@ def unfinished_beside(run: Run, recipe: str) -> list[str]:
     for folder in sorted(run.folder.parent.glob(f"{recipe}-????????")):
         if folder == run.folder or not any((folder / "checkpoints").glob("*.ckpt")):
             continue
-        theirs = identity(load(folder / "config.yaml")[0])
+        try:
+            theirs = identity(load(folder / "config.yaml")[0])
+        except (UserError, OmegaConfBaseException):
+            lines.append(f"{folder} is unfinished and was made by another version of qatlab")
+            continue
         differing = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
         shown = ", ".join(f"{key}={theirs.get(key)} there, {mine.get(key)} here" for key in differing[:3])
         lines.append(f"{folder} is unfinished and another run: {shown}{' ...' if len(differing) > 3 else ''}")

@@ -37,12 +37,14 @@ def settle(module: Student, trainer: L.Trainer, earlier: Settled | None) -> Sett
         "micro_batch": _micro_batch(module, trainer, images, per_image),
         "kernels": kernels.choose(config.quant.kernels, device, elements),
     }
-    if earlier:
-        kept = {"micro_batch": config.fit.micro_batch is None, "kernels": config.quant.kernels == "auto"}
-        settled |= {name: earlier[name] for name, keeps in kept.items() if keeps}
-        kernels.choose(
-            settled["kernels"], device, elements
-        )  # it may have been settled on a machine that has a compiler
+    if earlier and config.fit.micro_batch is None:
+        settled["micro_batch"] = min(earlier["micro_batch"], images)
+    if earlier and config.quant.kernels == "auto":
+        # It may have been settled on a machine that has a compiler.
+        settled["kernels"] = kernels.choose(earlier["kernels"], device, elements)
+    # The device with the least room decides for all.
+    least = trainer.strategy.reduce(torch.tensor(-settled["micro_batch"], device=device), reduce_op="max")
+    settled = trainer.strategy.broadcast({**settled, "micro_batch": -int(least)})
     if trainer.is_global_zero:
         at_once = settled["micro_batch"]
         share = f"{at_once} of {images} images at a time" if at_once < images else f"all {images} images at once"

@@ -13,6 +13,12 @@ EXIT_INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+def leave_to_parent(worker: int) -> None:
+    """Have a data-loading process (a ``worker_init_fn``) ignore the signals: its parent ends it, and often both get them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stopped(BaseException):
     """The run was told to stop by signal ``number``; all that is finished, and the last checkpoint, are on disk."""
 
@@ -46,6 +52,12 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def release(self) -> None:
+        """Let signals raise at once from now on; raises Stopped for one that is waiting."""
+        self.deferred = False
+        if self.received is not None:
+            raise Stopped(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.received is not None and number == signal.SIGINT

@@ -28,13 +28,13 @@ from qatlab.data.embedded import CLASS_NAMES
 from qatlab.data.suites import Suite, build_suite
 from qatlab.errors import UserError
 from qatlab.evaluation import View
-from qatlab.faults import faults_named
+from qatlab.faults import Faults
 from qatlab.module import Student
 from qatlab.objectives import teacher_probabilities
 from qatlab.quant import calibrate, kernels, layer_report, quantize, verify
 from qatlab.quant.layers import prepare_training
 from qatlab.results import Run, unfinished_beside
-from qatlab.stopping import Stopped, StopSignals
+from qatlab.stopping import StopSignals
 from qatlab.trainer import build_trainer, quiet
 from qatlab.training import train
 from qatlab.zeroshot import encode_text
@@ -74,7 +74,8 @@ class Study:
         self.callbacks = {name: instantiate(block) for name, block in config.callbacks.items() if block}
         evaluations = [callback for callback in self.callbacks.values() if isinstance(callback, L.Callback)]
         self.progress: dict[str, int] = {}
-        self.trainer = build_trainer(config, run, recipe, evaluations, self.progress)
+        self.faults = Faults(config)
+        self.trainer = build_trainer(config, run, recipe, [*evaluations, self.faults], self.progress)
         self.clip = clips.load(config.model, config.fit.from_scratch)
         if self.clip.model is not None:
             self.clip.model.to(self.trainer.strategy.root_device)  # class prompts are encoded there
@@ -210,8 +211,7 @@ class Study:
         loaders = self.loaders(suite)
         self.computed = True
         self.progress["batches"] = sum(len(loader) for loader in loaders)
-        with self.stoppable():
-            self.trainer.validate(module, dataloaders=loaders, verbose=False)
+        self.trainer.validate(module, dataloaders=loaders, verbose=False)
 
     def quantize(self) -> None:
         """Put the quantized copy in place, its scales calibrated or read back; writes layers.csv and checks every quantizer."""
@@ -240,11 +240,11 @@ class Study:
         if stored.exists():
             trained.load_state_dict(load_file(stored))
             self.module.logit_scale = self.state()["logit_scale"]
-            return
-        self.training_skipped = train(self)
-        # The weights come last: once they are there the stage counts as finished.
-        self.state(logit_scale=self.module.logit_scale)
-        self.write(TRAINED, lambda path: save_file(_tensors(trained), path))
+        else:
+            self.training_skipped = train(self)
+            # The weights come last: once they are there the stage counts as finished.
+            self.state(logit_scale=self.module.logit_scale)
+            self.write(TRAINED, lambda path: save_file(_tensors(trained), path))
         if self.trainer.is_global_zero:
             shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)  # they held what is now the model
 
@@ -323,14 +323,15 @@ class Study:
         )
 
     @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """Take the processes that this one started along when it is stopped; what went wrong with them is told in a sentence."""
+    def together(self) -> Iterator[None]:
+        """Inside this context the processes that this one started end with it; what a machine does wrong is a UserError."""
         try:
-            with faults_named(self.config, self.trainer):
+            with self.faults.named(self.trainer):
                 yield
-        except Stopped:
+        except BaseException:
+            # Left alone, they would wait in a collective and then complain about it.
             if isinstance(launcher := self.trainer.strategy.launcher, _SubprocessScriptLauncher):
-                launcher.kill(signal.SIGTERM)
+                launcher.kill(signal.SIGKILL)
             raise
 
     def state(self, **news: float) -> dict[str, float]:

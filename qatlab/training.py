@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 
 def train(study: Study) -> SkipCounter:
     """Return what was skipped of the training data; the student is trained, from its last checkpoint on where there is one."""
-    path, checkpoint = _last_checkpoint(study)
-    study.say(f"training{f' on from {path.name}' if path else ''}")
     module, trainer = study.module, study.trainer
-    batches = _batches(study, checkpoint.get("global_step", 0))
+    trainer.callbacks += _callbacks(study)  # type: ignore[attr-defined]
+    path, step = _last_checkpoint(study)
+    study.say(f"training{f' on from {path.name}' if path else ''}")
+    batches = _batches(study, step)
     module.run_folder, module.scored_step = None, None
     module.facts = study.facts(study.stages[-1])
-    trainer.callbacks += _callbacks(study)  # type: ignore[attr-defined]
-    with study.stoppable():
-        trainer.fit(module, datamodule=batches, ckpt_path=path and str(path), weights_only=True)
+    trainer.fit(module, datamodule=batches, ckpt_path=path and str(path), weights_only=True)
     # Looped samples are the same on every rank, streamed ones are divided.
     return batches.skipped if study.config.fit.unique_samples else batches.skipped.gathered()
 
@@ -54,13 +53,15 @@ def _made_with(study: Study) -> dict[str, Any]:
     return {**identity(study.config), "the training data": study.data.fingerprint()}
 
 
-def _last_checkpoint(study: Study) -> tuple[Path | None, dict[str, Any]]:
-    """Return the last whole checkpoint and its content; a probe that was cut short behind it is made up for."""
+def _last_checkpoint(study: Study) -> tuple[Path | None, int]:
+    """Return the last whole checkpoint, None without one, and its step; a probe that was cut short behind it is made up for."""
     path, content, damaged = last_whole(study.run.folder / "checkpoints")
-    for line in damaged:
-        study.say(f"{line}: going on from {path.name if path else 'the start'}")
+    for broken, reason in damaged.items():
+        study.say(f"{broken} is damaged ({reason}): going on from {path.name if path else 'the start'}")
+        if study.trainer.is_global_zero:  # out of the way, else it would count as one of the two that are kept
+            broken.rename(broken.with_suffix(".damaged"))
     if path is None:
-        return None, {}
+        return None, 0
     require_same(path, content, _made_with(study))
     step, every = content["global_step"], study.config.fit.eval_every
     probed = {row["step"] for row in study.run.rows() if row["stage"] == "probe"}
@@ -74,4 +75,4 @@ def _last_checkpoint(study: Study) -> tuple[Path | None, dict[str, Any]]:
         # Training restores the checkpoint itself, and measures how far the scales have moved from here.
         module.load_state_dict(before[0])
         module.logit_scale = before[1]
-    return path, content
+    return path, step

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,17 +14,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
 from qatlab.checkpoints import MADE_WITH, checkpoints
 from qatlab.config import Config
+from qatlab.data.embedded import write_caption_shards
 from qatlab.data.module import StreamedBatches
 from qatlab.errors import UserError
+from qatlab.fit import fit
 from qatlab.module import Student
 from qatlab.results import Run, read_rows
 
@@ -36,10 +43,14 @@ from qatlab.module import Student
 number, place, step, rank = os.environ["STRIKE"].split(",")
 
 def strike(module):
-    if module.global_step == int(step) and os.environ.get("LOCAL_RANK", "0") == rank:
+    if module.global_step != int(step):
+        return
+    if rank == "group":  # what a terminal does
+        os.killpg(0, int(number))
+    elif os.environ.get("LOCAL_RANK", "0") == rank:
         os.kill(os.getpid(), int(number))
 
-train, validate = Student.training_step, Student.validation_step
+train, validate, save = Student.training_step, Student.validation_step, Student.on_save_checkpoint
 
 def training_step(self, batch, batch_idx):
     if place == "train":
@@ -51,7 +62,13 @@ def validation_step(self, batch, batch_idx, dataloader_idx=0):
         strike(self)
     return validate(self, batch, batch_idx, dataloader_idx)
 
+def on_save_checkpoint(self, checkpoint):
+    if place == "save":
+        strike(self)
+    return save(self, checkpoint)
+
 Student.training_step, Student.validation_step = training_step, validation_step
+Student.on_save_checkpoint = on_save_checkpoint
 
 if __name__ == "__main__":
     from qatlab.fit import main
@@ -140,6 +157,7 @@ def test_a_signal_stops_behind_the_step_with_a_checkpoint(
     run = small_fit(RECIPE, tmp_path, *LOOPED)
     assert "training on from step=5.ckpt" in capsys.readouterr().out
     assert same(run, unstopped(LOOPED))
+    assert curves(run.folder) == curves(unstopped(LOOPED).folder)
 
 
 def test_a_second_ctrl_c_stops_at_once(small_fit: Fit, unstopped: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -173,6 +191,38 @@ def test_a_signal_while_scoring_repeats_that_pass_alone(
     assert "quantized: scoring" in said
     assert "fp32: scoring" not in said
     assert same(run, unstopped(LOOPED))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_loader_processes_leave_a_signal_to_their_parent(
+    command: Struck, tmp_path: Path, number: signal.Signals
+) -> None:
+    """A terminal's Ctrl-C, and often a scheduler's signal, reaches every process of the group."""
+    stopped = command(tmp_path, f"{int(number)},train,4,group", *STREAMED, "fit.workers=2", start_new_session=True)
+    assert stopped.returncode == (130 if number == signal.SIGINT else 75), stopped.stderr
+    assert len(stopped.stderr.strip().splitlines()) == 1
+    assert checkpoints(the_run(tmp_path) / "checkpoints")[0].name == "step=5.ckpt"
+
+
+@pytest.mark.parametrize("step", [3, 6], ids=["before a probe", "last"])
+def test_a_signal_while_a_checkpoint_is_written_is_heeded(
+    command: Struck, small_fit: Fit, unstopped: Any, tmp_path: Path, step: int
+) -> None:
+    stopped = command(tmp_path, f"{int(signal.SIGTERM)},save,{step},0", *LOOPED)
+    assert stopped.returncode == 75, stopped.stderr
+    folder = the_run(tmp_path)
+    assert not (folder / "model.safetensors").exists()
+    assert step not in {row["step"] for row in read_rows(folder / "results.jsonl")}
+    run = small_fit(RECIPE, tmp_path, *LOOPED)
+    assert weights(run.folder) == weights(unstopped(LOOPED).folder)
+    assert curves(run.folder) == curves(unstopped(LOOPED).folder)
+
+
+def curves(folder: Path) -> dict[int, dict[str, float]]:
+    """metrics.csv, every value that is there."""
+    frame = pl.read_csv(folder / "metrics.csv", infer_schema_length=None)
+    rows = ({name: value for name, value in row.items() if value is not None} for row in frame.iter_rows(named=True))
+    return {row["step"]: row for row in rows}
 
 
 # -- kill -9 ---------------------------------------------------------------------------------------------------------
@@ -272,6 +322,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert re.search(rf"{re.escape(str(last))} is damaged \(.+\): going on from step=3\.ckpt", said)
     assert "training on from step=3.ckpt" in said
     assert same(run, unstopped(LOOPED))
+    assert not (run.folder / "checkpoints").exists()
+
+
+def test_a_damaged_checkpoint_is_not_one_of_the_two(command: Struck, left: Path) -> None:
+    flip_a_bit(the_run(left) / "checkpoints" / "step=4.ckpt")
+    assert command(left, f"{int(signal.SIGKILL)},save,6,0", *LOOPED).returncode == -signal.SIGKILL
+    kept = [path.name for path in checkpoints(the_run(left) / "checkpoints")]
+    assert kept == ["step=4.ckpt", "step=3.ckpt"]
+    assert (the_run(left) / "checkpoints" / "step=4.damaged").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
+    small_fit: Fit, left: Path, monkeypatch: Any
+) -> None:
+    def stale(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("zipfile.ZipFile", stale)
+    with pytest.raises(UserError, match=r"step=4\.ckpt cannot be read \(Stale file handle\)"):
+        small_fit(RECIPE, left, *LOOPED)
+    assert len(checkpoints(the_run(left) / "checkpoints")) == 2
 
 
 def test_without_a_whole_checkpoint_training_starts_over(
@@ -310,6 +381,55 @@ def test_frozen_weights_are_not_in_a_checkpoint_and_come_back(small: Options) ->
     }
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=True)
+
+
+def test_a_run_with_rules_goes_on(command: Struck, small_fit: Fit, tmp_path: Path, capsys: Any) -> None:
+    options = [*LOOPED, "+quant.rules={*.c_proj: {act: null}}"]
+    assert command(tmp_path, f"{int(signal.SIGKILL)},train,3,0", *options).returncode == -signal.SIGKILL
+    small_fit(RECIPE, tmp_path, *options)
+    assert "training on from step=3.ckpt" in capsys.readouterr().out
+
+
+def test_what_was_left_out_is_counted_over_stops(small: Options, tmp_path: Path, monkeypatch: Any) -> None:
+    from qatlab.stopping import Stopped
+
+    shards = tmp_path / "shards"
+    write_caption_shards(shards, 64, per_shard=32, seed=0)
+    for shard in sorted(shards.glob("*.tar")):
+        spoil_images(shard, every=8)
+    step, options = Student.training_step, [*STREAMED, "fit.eval_every=0"]
+
+    def stopping(self: Student, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 4 and interrupted:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Student, "training_step", stopping)
+    counted = []
+    for output in ("whole", "stopped"):
+        interrupted = output == "stopped"
+        config = small(RECIPE, f"output={tmp_path / output}", *options)
+        config.data = {"_target_": "qatlab.data.CaptionShards", "name": "mine", "shards": str(shards)}
+        if interrupted:
+            with pytest.raises(Stopped):
+                fit(config, RECIPE)
+            interrupted = False
+        with contextlib.redirect_stdout(said := io.StringIO()):
+            fit(config, RECIPE)
+        counted.append(re.findall(r"skipped and replaced: .*", said.getvalue()))
+    assert counted[0] == counted[1] != []
+
+
+def spoil_images(shard: Path, every: int) -> None:
+    """Write the shard anew with every n-th image replaced by something that is none."""
+    with tarfile.open(shard) as archive:
+        members = [(member, archive.extractfile(member).read()) for member in archive.getmembers()]  # type: ignore[union-attr]
+    images = [member.name for member, _ in members if not member.name.endswith(".txt")]
+    with tarfile.open(shard, "w") as archive:
+        for member, content in members:
+            written = b"no image" if member.name in images[::every] else content
+            member.size = len(written)
+            archive.addfile(member, io.BytesIO(written))
 
 
 def test_other_options_are_refused_and_the_difference_shown(small: Options, small_fit: Fit, left: Path) -> None:
@@ -376,9 +496,9 @@ def test_a_killed_loader_process_is_told(small_fit: Fit, unstopped: Any, tmp_pat
 @pytest.mark.parametrize(
     ("method", "error", "sentence"),
     [
-        ("training_step", torch.OutOfMemoryError("CUDA out of memory."), r"cpu ran out .* step 0; set fit\.micro_batch=4 "),
+        ("training_step", torch.OutOfMemoryError("CUDA out of memory."), r"cpu ran out .* step 0: set fit\.micro_batch=4 "),
         ("training_step", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), r"fit\.micro_batch=4"),
-        ("validation_step", torch.OutOfMemoryError("CUDA"), r"while scoring; set suite\.batch_size=32 \(now 64\)"),
+        ("validation_step", torch.OutOfMemoryError("CUDA"), r"while scoring: set suite\.batch_size=32 \(it was 64\)"),
     ],
     ids=["gpu", "cpu", "scoring"],
 )  # fmt: skip
@@ -391,3 +511,29 @@ def test_memory_that_ran_out_names_the_option(
     monkeypatch.setattr(Student, method, failing)
     with pytest.raises(UserError, match=sentence):
         small_fit(RECIPE, tmp_path, *LOOPED)
+
+
+def test_memory_that_ran_out_in_a_probe_is_no_matter_of_micro_batches(
+    small_fit: Fit, tmp_path: Path, monkeypatch: Any
+) -> None:
+    score = Student.validation_step
+
+    def failing(self: Student, *args: Any, **more: Any) -> Any:
+        if self.views[0].stage == "probe":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return score(self, *args, **more)
+
+    monkeypatch.setattr(Student, "validation_step", failing)
+    with pytest.raises(UserError, match=r"suite\.batch_size=32"):
+        small_fit(RECIPE, tmp_path, *LOOPED)
+
+
+def test_when_not_even_one_image_fits_there_is_nothing_to_lower(
+    small_fit: Fit, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def failing(self: Student, *args: Any, **more: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Student, "training_step", failing)
+    with pytest.raises(UserError, match="not even one image at a time fits"):
+        small_fit(RECIPE, tmp_path, *LOOPED, "fit.micro_batch=1")

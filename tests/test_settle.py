@@ -50,7 +50,11 @@ def student(small: Options) -> Callable[..., Student]:
 
 
 def trainer(processes: int = 1, on_node: int = 1, rank: int = 0) -> Any:
-    device = SimpleNamespace(root_device=torch.device("cpu"))
+    device = SimpleNamespace(
+        root_device=torch.device("cpu"),
+        reduce=lambda tensor, reduce_op: tensor,
+        broadcast=lambda value: value,
+    )
     return SimpleNamespace(strategy=device, world_size=processes, num_devices=on_node, is_global_zero=rank == 0)
 
 

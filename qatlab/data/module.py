@@ -17,6 +17,7 @@ from qatlab.data.rendered import RenderedStream
 from qatlab.data.samples import Captioned, SkipCounter
 from qatlab.data.transforms import Preprocess
 from qatlab.errors import UserError
+from qatlab.stopping import leave_to_parent
 
 Batch = dict[str, Any]
 Tokenizer = Callable[[list[str]], Tensor]
@@ -210,7 +211,18 @@ class CaptionModule(L.LightningDataModule):
             (rank, world),
             remaining,
         )
-        return DataLoader(streamed, batch_size=None, num_workers=self.workers, pin_memory=pinned)
+        return DataLoader(
+            streamed, batch_size=None, num_workers=self.workers, pin_memory=pinned, worker_init_fn=leave_to_parent
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: how many samples all ranks together have left out, where they are streamed."""
+        return {"skipped": dict(self.skipped.gathered())} if self.unique_samples is None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting, on the first rank, from what a checkpoint kept."""
+        if self._share()[0] == 0:
+            self.skipped.update(state.get("skipped", {}))
 
     def val_dataloader(self) -> Sequence[DataLoader[Any]]:
         """Return the loaders of the probe suite."""

@@ -19,6 +19,7 @@ from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet
 from qatlab.data.images import ImageFolderSet, class_index_for
 from qatlab.errors import UserError, nearest
 from qatlab.evaluation import Source
+from qatlab.stopping import leave_to_parent
 from qatlab.zeroshot import Classes, class_features
 
 ROLES = ("id", "shifted", "near_ood", "far_ood", "calibration")
@@ -105,6 +106,7 @@ class Suite:
                 batch_size=batch_size,
                 sampler=range(rank, len(entry.images), world),
                 num_workers=0 if entry.rendered else workers,
+                worker_init_fn=leave_to_parent,
             )
             for entry in self.sets
         ]

@@ -37,7 +37,7 @@ class _FusedLinear(torch.autograd.Function):
         ctx: Any, layer: QuantLinear, x: Tensor, weight: Tensor, bias: Tensor | None, *learned: Tensor
     ) -> Tensor:
         ctx.layer = layer
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, *learned)  # the last so that a step in between is found out
         if layer.matmul != "float":
             return _integer_product(layer, x, weight, bias)
         act, weights = layer.act_quantizer, layer.weight_quantizer
@@ -47,7 +47,7 @@ class _FusedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer: QuantLinear = ctx.layer
-        x, weight = ctx.saved_tensors
+        x, weight, *_ = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         weights = _Operand(layer.weight_quantizer, weight, needs_weight)
