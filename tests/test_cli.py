@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from qatlab import cli
 from qatlab.config import GROUPS, Config, recipe_files
 from qatlab.errors import UserError
+from qatlab.stopping import Stopped
 from qatlab.usage import help_text, known_keys, option_sentences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,11 +334,26 @@ def test_a_bug_inside_a_block_keeps_its_traceback(command):
     assert isinstance(caught.value.__cause__, TypeError)
 
 
-def test_ctrl_c_says_how_to_go_on(command):
-    outcome = command(LIGHT, task=fail(KeyboardInterrupt()))
-    assert outcome.code == 130
-    assert "the same command goes on from the last finished stage or checkpoint" in outcome.err
+@pytest.mark.parametrize(
+    ("number", "code", "name"),
+    [(signal.SIGINT, 130, "SIGINT"), (signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR1, 75, "SIGUSR1")],
+)
+def test_a_stop_says_how_to_go_on(command, number, code, name):
+    outcome = command(LIGHT, task=fail(Stopped(number)))
+    assert outcome.code == code
+    assert f"stopped by {name}; the same command goes on from the last checkpoint or finished stage" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_other_ranks_stop_in_silence(command, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    outcome = command(LIGHT, task=fail(Stopped(signal.SIGTERM)))
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_ctrl_c_before_the_run_began(command):
+    outcome = command(LIGHT, task=fail(KeyboardInterrupt()))
+    assert (outcome.code, outcome.err) == (130, "qatlab: interrupted before anything was computed.\n")
 
 
 # -- help ----------------------------------------------------------------------------------------------------------------
