@@ -28,7 +28,7 @@ MINMAX = "qatlab.quant.MinMax"
 
 
 def test_every_yaml_file_below_recipes_is_a_choice():
-    known = {path for group in ["", *GROUPS] for path in recipe_files(group).values()}
+    known = {path for group in ["", "sweep", *GROUPS] for path in recipe_files(group).values()}
     assert known == set((ROOT / "recipes").rglob("*.yaml"))
 
 

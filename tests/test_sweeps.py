@@ -42,7 +42,7 @@ def test_the_sweeps_are_those_of_the_figures(composed: dict[str, list[Config]]) 
         first = path.read_text().splitlines()[0]
         assert first.startswith("# ")
         assert "arXiv 2509.21173, Fig. " in first
-        assert first.endswith(f"python -m qatlab.fit sweep={path.stem}")
+        assert first.endswith(f"(python -m qatlab.fit sweep={path.stem}).")
 
 
 def test_every_cell_is_a_run_of_its_own(composed: dict[str, list[Config]]) -> None:
