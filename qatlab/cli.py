@@ -44,6 +44,10 @@ def main(task: Task, needs_recipe: bool = True) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
         mistakes: list[BaseException] = []
         hydra.main(config_path=None, config_name="qatlab", version_base="1.3")(_job(task, mistakes))()
+        if len(mistakes) > 1:
+            raise UserError(
+                f"{len(mistakes)} runs failed, each told where it did; the first: {explain(mistakes[0], own)}"
+            )
         if mistakes:
             raise mistakes[0]
     except (UserError, HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -93,6 +97,9 @@ def _job(task: Task, mistakes: list[BaseException]) -> Callable[[DictConfig], No
             task(config, HydraConfig.get().runtime.choices.get("recipe") or "evaluate")
         except (UserError, InstantiationException) as error:
             mistakes.append(error)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # at once: the other runs may take hours
+                cell = " ".join(HydraConfig.get().overrides.task)
+                print(f"qatlab: {cell}: {explain(error, None) or error}", file=sys.stderr, flush=True)
 
     return job
 

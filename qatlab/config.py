@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -291,14 +292,27 @@ _SMALLEST = {
     "fit.checkpoint_every": 1,
     "fit.workers": 0,
     "fit.micro_batch": 1,
+    "fit.warmup": 0,
+    "trainer.devices": 1,
+    "trainer.num_nodes": 1,
+    "seed": 0,
     "suite.images": 1,
     "suite.probe_images": 1,
     "suite.batch_size": 1,
 }
 
 
+_NOT_NEGATIVE = ("fit.lr", "fit.grad_clip", "optim.scale_lr", "optim.weight_decay")
+
+
 def _refuse_too_small(composed: DictConfig) -> None:
-    """Raise UserError for a count below the least that has a meaning."""
+    """Raise UserError for a number below the least that has a meaning, and for moment decay rates outside [0, 1)."""
+    for key in _NOT_NEGATIVE:
+        if (rate := OmegaConf.select(composed, key)) is not None and not 0 <= rate < math.inf:
+            raise UserError(f"{key}={rate}: it takes a number from 0 on.")
+    for beta in OmegaConf.select(composed, "optim.betas") or ():
+        if not 0 <= beta < 1:
+            raise UserError(f"optim.betas holds {beta}: AdamW takes two rates from 0 to below 1, such as [0.9,0.999].")
     for key, least in _SMALLEST.items():
         if (value := OmegaConf.select(composed, key)) is not None and value < least:
             raise UserError(f"{key}={value}: it takes a whole number from {least} on.")

@@ -44,6 +44,8 @@ def _asked_for(mode: str) -> tuple[str, str]:
     option = "wandb.mode"
     if mode == "auto" and os.environ.get("WANDB_MODE"):
         option, mode = "WANDB_MODE", os.environ["WANDB_MODE"]
+        mode = "offline" if mode == "dryrun" else mode  # W&B's older word
+        mode = {"dryrun": "offline"}.get(mode, mode)  # W&B's older word
     if mode not in MODES:
         raise UserError(f"{option}={mode} is unknown{nearest(mode, MODES)}; there are {', '.join(MODES)}.")
     return option, mode
@@ -68,6 +70,7 @@ class Wandb(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """Return wandb's run, begun at the first call."""
+        said = os.environ.get("WANDB_MODE")
         try:
             return super().experiment
         except wandb.errors.CommError as error:
@@ -76,6 +79,11 @@ class Wandb(WandbLogger):
             self._offline = True
             self._wandb_init["settings"] = _settings(offline=True)
             return super().experiment
+        finally:
+            # Lightning sets it for an offline run: the next run of this process shall not take it for the user's word.
+            os.environ.pop("WANDB_MODE", None)
+            if said is not None:
+                os.environ["WANDB_MODE"] = said
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Add the values at ``step``."""

@@ -85,7 +85,8 @@ class Objective:
             raise UserError(f"objective.{negative[0]}={self.weights[negative[0]]}: a weight cannot be negative.")
         if not self.weights:
             raise UserError(
-                f"no objective: give one of {', '.join(f'objective.{name}' for name in OBJECTIVES)} a weight."
+                f"no objective: give one of {', '.join(f'objective.{name}' for name in OBJECTIVES)} a weight, "
+                "or leave fit.steps out where nothing is to be trained."
             )
 
     def __contains__(self, name: str) -> bool:

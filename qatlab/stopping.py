@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -64,5 +65,5 @@ class StopSignals:
         self.received = self.received or number
         if again or not self.deferred:
             raise Stopped(number)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0":
             print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)

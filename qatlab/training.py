@@ -56,8 +56,9 @@ def _made_with(study: Study) -> dict[str, Any]:
 def _last_checkpoint(study: Study) -> tuple[Path | None, int]:
     """Return the last whole checkpoint, None without one, and its step; a probe that was cut short behind it is made up for."""
     path, content, damaged = last_whole(study.run.folder / "checkpoints")
-    for broken, reason in damaged.items():
-        study.say(f"{broken} is damaged ({reason}): going on from {path.name if path else 'the start'}")
+    for i, (broken, reason) in enumerate(damaged.items(), start=1):
+        onward = f": going on from {path.name if path else 'the start'}" if i == len(damaged) else ""
+        study.say(f"{broken} is damaged ({reason}){onward}")
         if study.trainer.is_global_zero:  # out of the way, else it would count as one of the two that are kept
             broken.rename(broken.with_suffix(".damaged"))
     if path is None:

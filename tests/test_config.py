@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,23 @@ def test_saved_options_come_back_as_the_same_run(recipe, tmp_path):
 def test_a_run_folder_without_options_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml is not there: checkpoint= wants the folder of a run"):
         load(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(
+            "fit.lr=-1",
+            "fit.lr=nan",
+            "fit.lr=inf",
+            "fit.grad_clip=-1",
+            "optim.scale_lr=-1",
+            "optim.weight_decay=-0.1",
+        ),
+        *("optim.betas=[2,3]", "optim.betas=[0.9,1]", "fit.warmup=-2", "seed=-1"),
+        *("trainer.devices=0", "trainer.num_nodes=0", "fit.micro_batch=0"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(option):
+    with pytest.raises(UserError, match=re.escape(option.partition("=")[0])):
+        compose("recipe=light_qat", option)

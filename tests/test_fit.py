@@ -571,6 +571,7 @@ def test_an_image_tower_learns_from_a_bank_of_texts(
         ("fp32", ["checkpoint=runs/mine"], r"checkpoint=runs/mine names a run to score, with qatlab\.evaluate"),
         ("light_qat", ["~suite.sets.calibration"], r"callbacks\.temperature needs a set with role: calibration"),
         ("light_qat", ["fit.schedule=cosin"], r"fit\.schedule=cosin is unknown"),
+        ("ptq", ["fit.steps=2"], r"no objective: .* or leave fit\.steps out where nothing is to be trained"),
         ("light_qat", ["quant.kernels=compield"], r"quant\.kernels=compield is unknown .did you mean 'compiled'"),
         ("light_qat", ["quant.matmul=int9"], r"quant\.matmul=int9 is unknown .did you mean 'int8'"),
         (

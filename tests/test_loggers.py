@@ -205,3 +205,16 @@ def test_finishing_what_never_began_does_nothing(tmp_path):
     (_, logger), run = build(tmp_path, "wandb.mode=offline")
     assert logger.finish() is None
     assert list(run.folder.iterdir()) == []
+
+
+def test_an_offline_run_leaves_the_mode_to_the_next_run_of_the_process(tmp_path, monkeypatch):
+    """Lightning sets WANDB_MODE=dryrun for it, which the second cell of a sweep would take for the user's word."""
+    for mode in (None, "offline", "dryrun"):
+        if mode is not None:
+            monkeypatch.setenv("WANDB_MODE", mode)
+        (folder := tmp_path / str(mode)).mkdir()
+        (_, offline), _ = build(folder, "wandb.mode=auto")
+        offline.log_metrics({"x": 1.0}, step=0)
+        offline.finish()
+        assert os.environ.get("WANDB_MODE") == mode
+        assert wandb_mode("auto") == "offline"
