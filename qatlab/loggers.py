@@ -45,7 +45,6 @@ def _asked_for(mode: str) -> tuple[str, str]:
     if mode == "auto" and os.environ.get("WANDB_MODE"):
         option, mode = "WANDB_MODE", os.environ["WANDB_MODE"]
         mode = "offline" if mode == "dryrun" else mode  # W&B's older word
-        mode = {"dryrun": "offline"}.get(mode, mode)  # W&B's older word
     if mode not in MODES:
         raise UserError(f"{option}={mode} is unknown{nearest(mode, MODES)}; there are {', '.join(MODES)}.")
     return option, mode

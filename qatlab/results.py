@@ -55,11 +55,15 @@ def identity(config: Config) -> Row:
     # A file is known by what is in it: the same path may hold other weights tomorrow.
     for file in filter(None, (config.model.checkpoint, (config.model.text_features or "").partition(":")[0])):
         if Path(file).is_file():
-            deciding[f"content of {file}"] = _sha256(Path(file))
+            deciding[f"content of {file}"] = _sha256(
+                Path(file), Path(file).stat().st_size, Path(file).stat().st_mtime_ns
+            )
     return dict(_flat(deciding))
 
 
-def _sha256(file: Path) -> str:
+@lru_cache
+def _sha256(file: Path, size: int, mtime_ns: int) -> str:
+    """Return the hash of a file's content; a start asks for it several times, of files of hundreds of megabytes."""
     digest = hashlib.sha256()
     with file.open("rb") as handle:
         while chunk := handle.read(2**20):
