@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import PIL
 import torch
@@ -14,7 +12,7 @@ import torchvision
 
 from qatlab.cache import cache_dir
 from qatlab.data.fetch import digest, unwritable
-from qatlab.data.tars import OPEN_FILES, TarIndex
+from qatlab.data.tars import OpenFiles, TarIndex
 from qatlab.data.transforms import Preprocess
 
 VERSION = 1  # counts changes of how images are decoded and stored
@@ -37,10 +35,7 @@ class DecodedImages:
         versions = (VERSION, torch.__version__, torchvision.__version__, PIL.__version__)
         self.folder = cache_dir("decoded", digest(repr((pixels, versions)))[:16])
         self.size = 3 * preprocess.size**2
-        self._files: OrderedDict[str, CacheFile] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
+        self._files: OpenFiles[str, CacheFile] = OpenFiles()
 
     def read(self, index: TarIndex, number: int, pixels: memoryview) -> bool:
         """Fill ``pixels``, 3 S S bytes, with an image and return True, or return False when the cache has it not."""
@@ -63,12 +58,7 @@ class DecodedImages:
             raise unwritable(self.folder, error, ", or set data.cache=false") from error
 
     def _file(self, index: TarIndex) -> CacheFile:
-        if index.identity not in self._files:
-            self._files[index.identity] = CacheFile(self.folder / f"{digest(index.identity)}.u8")
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(index.identity)
-        return self._files[index.identity]
+        return self._files.get(index.identity, lambda: CacheFile(self.folder / f"{digest(index.identity)}.u8"))
 
 
 class CacheFile:

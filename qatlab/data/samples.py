@@ -10,6 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from qatlab.globalbatch import world_size
+
 UNREADABLE = "unreadable shard "  # the reason that is counted for a damaged shard, followed by its file or URL
 SHOWN = 3  # damaged shards named in the text
 
@@ -27,9 +29,9 @@ class SkipCounter(Counter[str]):
 
     def gathered(self) -> SkipCounter:
         """Return the sum over all ranks; every rank must call it."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if world_size() == 1:
             return SkipCounter(self)
-        counts: list[Any] = [None] * dist.get_world_size()
+        counts: list[Any] = [None] * world_size()
         dist.all_gather_object(counts, dict(self))
         return SkipCounter.summed(counts)
 

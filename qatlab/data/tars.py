@@ -8,10 +8,10 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from webdataset.tariterators import group_by_keys
@@ -77,6 +77,29 @@ class OpenFile:
         return data
 
 
+Key = TypeVar("Key")
+File = TypeVar("File")
+
+
+class OpenFiles(Generic[Key, File]):
+    """Up to OPEN_FILES open files, the ones used last; none of them travels into another process."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Key, File] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_files": OrderedDict()}
+
+    def get(self, key: Key, opened: Callable[[], File]) -> File:
+        """Return the file of ``key``, opened now if it is not open."""
+        if key not in self._files:
+            self._files[key] = opened()
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(key)
+        return self._files[key]
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One sample: its key, and its parts by suffix, which are read when they are asked for."""
@@ -102,10 +125,10 @@ class Shards:
         self.damage: dict[int, str] = {}
         self._counts: dict[int, int] = {}
         self._indices: OrderedDict[int, TarIndex] = OrderedDict()
-        self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self._files: OpenFiles[int, OpenFile] = OpenFiles()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_indices": OrderedDict(), "_files": OrderedDict()}
+        return {**self.__dict__, "_indices": OrderedDict()}
 
     def count(self, shard: int) -> int:
         """Return how many samples the shard holds; raises UserError when no shard of all holds one."""
@@ -133,13 +156,7 @@ class Shards:
     def sample(self, shard: int, number: int) -> Sample:
         """Return one sample of a shard."""
         index = self.index(shard)
-        file = self._files.get(shard)
-        if file is None:
-            file = self._files[shard] = OpenFile(index)
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        else:
-            self._files.move_to_end(shard)
+        file = self._files.get(shard, lambda: OpenFile(index))
         first, end = index.starts[number : number + 2].tolist()
         names = [index.suffixes[name] for name in index.names[first:end].tolist()]
         places = zip(index.offsets[first:end].tolist(), index.sizes[first:end].tolist(), strict=True)
