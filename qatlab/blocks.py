@@ -12,7 +12,7 @@ from qatlab.config import Config
 from qatlab.errors import UserError, nearest
 from qatlab.mistakes import fits, named
 
-_GIVEN = {"quant.weight": ("channels", "batched"), "quant.act": ("channels", "batched")}  # by qatlab.quant.quantize
+_GIVEN = {"quant.weight": ("channels", "batched", "width"), "quant.act": ("channels", "batched")}  # by qatlab.quant.quantize
 
 
 def check_blocks(config: Config) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.errors import UserError
-from qatlab.quant.kernels import grid_codes
 from qatlab.quant.layers import QuantLayer, evaluating, full_precision, quant_layers
 from qatlab.quant.quantizer import Quantizer
 
@@ -54,7 +53,7 @@ def layer_report(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     """Return one row per quantized layer of the calibrated ``model``, each looked at alone on its full-precision input.
 
     ``images`` are normalised (B, 3, S, S). A row holds layer, kind (the last part of the name), in_features,
-    out_features, weight_bits, weight_scale (mean), weight_sqnr_db, act_bits, act_scale, act_absmax, act_sqnr_db,
+    out_features, weight_bits, weight_scale (mean), weight_sqnr_db, act_bits, act_scale (mean), act_absmax, act_sqnr_db,
     act_clipped (fraction of the input rounded beyond the grid's ends) and output_sqnr_db; None where a tensor is not
     quantized. The signal-to-quantization-noise ratio is 10 log10(sum x^2 / sum (x - x_q)^2) in float64, infinite
     without error.
@@ -102,7 +101,7 @@ def _layer_row(
         "weight_scale": float(weight.scale.mean()) if weight else None,
         "weight_sqnr_db": _sqnr_db(layer.weight, quantized_weight) if weight else None,
         "act_bits": act.bits if act else None,
-        "act_scale": float(act.scale) if act else None,
+        "act_scale": float(act.grid(x)[0].mean()) if act else None,
         "act_absmax": float(x.abs().max()),
         "act_sqnr_db": _sqnr_db(x, quantized_x) if act else None,
         "act_clipped": _clipped(act, x) if act else None,
@@ -117,8 +116,9 @@ def _sqnr_db(signal: Tensor, quantized: Tensor) -> float:
 
 
 def _clipped(act: Quantizer, x: Tensor) -> float:
-    unclipped = torch.div(x, act.scale).round_()
-    return float((unclipped != grid_codes(x, act.scale, act.qmin, act.qmax)).double().mean())
+    scale, zero_point = act.grid(x)
+    code = (x / scale + zero_point).round_()
+    return float(((code < act.qmin) | (code > act.qmax)).double().mean())
 
 
 @contextmanager

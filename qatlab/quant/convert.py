@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from qatlab.errors import UserError, nearest
 from qatlab.quant.attention import Make, QuantAttention, QuantOpenClipAttention, linear_of
-from qatlab.quant.layers import QuantConv2d, QuantLayer, QuantLinear, QuantProjection
+from qatlab.quant.layers import QuantConv2d, QuantLayer, QuantLinear, QuantProjection, freeze_base, quant_layers
+from qatlab.quant.lora import LowRank
 from qatlab.quant.quantizer import Quantizer
 
 # A quantizer class, or a functools.partial of one, called with channels= and batched=.
 Factory = Callable[..., Quantizer]
+# An adapter class such as LoRA, or a functools.partial of one, called with in_features= and out_features=.
+AdapterFactory = Callable[..., nn.Module]
 Rules = Mapping[str, Mapping[str, Mapping[str, Any] | None] | None]
 
 
@@ -35,13 +38,14 @@ class _Site:
 
 @dataclass(frozen=True)
 class _Slots:
-    """The factories of one layer's two quantizers; None leaves that tensor in full precision."""
+    """The factories of one layer's slots; None leaves that tensor in full precision, or the adapter out."""
 
     weight: Factory | None
     act: Factory | None
+    adapter: AdapterFactory | None
 
     def __bool__(self) -> bool:
-        return self.weight is not None or self.act is not None
+        return any(factory is not None for factory in (self.weight, self.act, self.adapter))
 
 
 def quantize(
@@ -51,19 +55,22 @@ def quantize(
     rules: Rules | None = None,
     patch_conv: bool = False,
     final_proj: bool = False,
+    adapter: AdapterFactory | None = None,
 ) -> nn.Module:
     """Return ``model`` with every linear layer, attention projections included, swapped in place for a quantized one.
 
-    ``weight`` and ``act`` make one quantizer per layer, as ``weight(channels=out_features, batched=False)`` and
-    ``act(channels=in_features, batched=True)``; None leaves weights or activations in full precision. ``rules`` maps
-    fnmatch patterns of layer names to None (skip the layer) or to {"weight": ..., "act": ...}, each None (skip that
-    tensor) or options that override the factory's, such as {"bits": 4}; the first pattern that matches a layer decides.
-    ``patch_conv`` includes the patch convolution, ``final_proj`` open_clip's ``proj`` Parameter. The Parameters stay
-    those of the model, except that ``proj`` becomes ``proj.weight``, transposed. The scales are NaN until
-    ``calibrate``.
+    ``weight`` and ``act`` make one quantizer per layer, as ``weight(channels=out_features, batched=False)``, with
+    ``width=``, the weights per output channel, where it takes that, and ``act(channels=in_features, batched=True)``;
+    None leaves weights or activations in full precision. ``adapter`` makes the trained term of every linear layer, as
+    ``adapter(in_features=..., out_features=...)``. With it, and with a weight quantizer that holds one (LRQAT), the
+    model is frozen (``freeze_base``). ``rules`` maps fnmatch patterns of layer names to None (skip the layer) or to
+    {"weight": ..., "act": ..., "adapter": ...}, each None (skip that tensor or term) or options that override the
+    factory's, such as {"bits": 4}; the first pattern that matches a layer decides. ``patch_conv`` includes the patch
+    convolution, which gets no adapter, ``final_proj`` open_clip's ``proj`` Parameter. The Parameters stay those of the
+    model, except that ``proj`` becomes ``proj.weight``, transposed. The scales are NaN until ``calibrate``.
 
     Raises UserError, before anything is changed, for a pattern that matches no layer, an unknown option, a model
-    without layers or already quantized, and an attention that cannot be replaced.
+    without layers or already quantized, an attention that cannot be replaced, and an adapter that no layer gets.
     """
     sites = list(_sites(model, "", patch_conv))
     if final_proj:
@@ -77,36 +84,49 @@ def quantize(
         raise UserError(
             "quant.patch_conv is true, but the model has no patch convolution (3 channels, stride = kernel size)."
         )
-    slots = _slots(names, weight, act, rules or {})
+    slots = _slots(names, _Slots(weight, act, adapter), rules or {})
 
     make = partial(_quantized, slots)
     stand_ins = [(site, site.build(make)) for site in sites if any(slots[name] for name in site.layers)]
+    layers = [layer for _, stand_in in stand_ins for layer in quant_layers(stand_in).values()]
+    if adapter is not None and all(layer.adapter is None for layer in layers):
+        raise UserError(
+            "quant.adapter is set, but no linear layer gets one: leave a linear layer out of the rules that skip it, "
+            "or set quant.adapter=null."
+        )
     for site, stand_in in stand_ins:
         # torch does not let a module take the name of a Parameter.
         site.owner._parameters.pop(site.attribute, None)
         setattr(site.owner, site.attribute, stand_in)
+    if any(isinstance(module, LowRank) for layer in layers for module in layer.modules()) or adapter is not None:
+        freeze_base(model)
     return model
 
 
 def _quantized(
     slots: dict[str, _Slots], name: str, layer: nn.Linear | nn.Conv2d, kind: type[QuantLayer] = QuantLinear
 ) -> nn.Module:
-    """The stand-in of one layer, or the layer itself where neither of its tensors is quantized."""
-    make_weight, make_act = slots[name].weight, slots[name].act
-    if not slots[name]:
+    """The stand-in of one layer, or the layer itself where all of its slots are empty."""
+    chosen = slots[name]
+    if not chosen:
         return layer
     outputs, inputs = layer.weight.shape[:2]
+    takes_width = chosen.weight is not None and "width" in inspect.signature(chosen.weight).parameters
+    width = {"width": layer.weight[0].numel()} if takes_width else {}
     return kind(
         layer,
-        _built("weight", make_weight, channels=outputs, batched=False) if make_weight else None,
-        _built("act", make_act, channels=inputs, batched=True) if make_act else None,
+        _built("weight", chosen.weight, channels=outputs, batched=False, **width),
+        _built("act", chosen.act, channels=inputs, batched=True),
+        _built(
+            "adapter", chosen.adapter if kind is not QuantConv2d else None, in_features=inputs, out_features=outputs
+        ),
     )
 
 
-def _built(slot: str, factory: Factory, *, channels: int, batched: bool) -> Quantizer:
-    """A quantizer of a slot; what is wrong with its options is told with the slot's name."""
+def _built(slot: str, factory: Callable[..., Any] | None, **where: Any) -> Any:
+    """What a slot's factory makes, or None without one; what is wrong with its options is told with the slot's name."""
     try:
-        return factory(channels=channels, batched=batched)
+        return None if factory is None else factory(**where)
     except UserError as error:
         raise UserError(f"quant.{slot}: {error}") from error
 
@@ -148,50 +168,49 @@ def _final_projection(model: nn.Module) -> _Site:
     )
 
 
-def _slots(names: list[str], weight: Factory | None, act: Factory | None, rules: Rules) -> dict[str, _Slots]:
+def _slots(names: list[str], default: _Slots, rules: Rules) -> dict[str, _Slots]:
     """The slots of every layer, by the first rule that matches its name."""
-    slots = dict.fromkeys(names, _Slots(weight, act))
+    slots = dict.fromkeys(names, default)
     decided: set[str] = set()
     for pattern, rule in rules.items():
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             hint = nearest(pattern, names) or f"; the first layer is '{names[0]}'"
             raise UserError(f"quant.rules has the pattern '{pattern}', which matches no layer{hint}.")
-        choice = _chosen(pattern, rule, weight, act)
+        choice = _chosen(pattern, rule, default)
         slots.update(dict.fromkeys([name for name in matches if name not in decided], choice))
         decided.update(matches)
     return slots
 
 
-def _chosen(pattern: str, rule: Any, weight: Factory | None, act: Factory | None) -> _Slots:
+def _chosen(pattern: str, rule: Any, default: _Slots) -> _Slots:
     if rule is None:
-        return _Slots(None, None)
-    where = f"quant.rules['{pattern}']"
+        return _Slots(None, None, None)
+    where, names = f"quant.rules['{pattern}']", [field.name for field in fields(_Slots)]
     if not isinstance(rule, Mapping):
-        raise UserError(f"{where} is {rule!r}: write null to skip the layer, or a mapping with 'weight' and 'act'.")
+        raise UserError(f"{where} is {rule!r}: write null to skip the layer, or a mapping with {', '.join(names)}.")
     for slot in rule:
-        if slot not in ("weight", "act"):
+        if slot not in names:
             raise UserError(
-                f"{where} has the key '{slot}'{nearest(str(slot), ('weight', 'act'))}: expected 'weight' or 'act'."
+                f"{where} has the key '{slot}'{nearest(str(slot), names)}: expected one of {', '.join(names)}."
             )
-    return _Slots(
-        _overridden(f"{where}.weight", weight, rule.get("weight", {})),
-        _overridden(f"{where}.act", act, rule.get("act", {})),
-    )
+    return _Slots(*(_overridden(where, name, getattr(default, name), rule.get(name, {})) for name in names))
 
 
-def _overridden(where: str, factory: Factory | None, options: Mapping[str, Any] | None) -> Factory | None:
-    """The factory with a rule's options; None and {} are the rule's "skip this tensor" and "nothing to change"."""
+def _overridden(
+    where: str, slot: str, factory: Callable[..., Any] | None, options: Mapping[str, Any] | None
+) -> Callable[..., Any] | None:
+    """The factory with a rule's options; None and {} are the rule's "skip this slot" and "nothing to change"."""
     if options is None or (factory is None and not options):
         return None
     if factory is None:
-        raise UserError(f"{where} sets options, but there is no quantizer: quant.weight or quant.act is null.")
+        raise UserError(f"{where}.{slot} sets options, but there is none to change: quant.{slot} is null.")
     maker = factory.func if isinstance(factory, partial) else factory
     signature = inspect.signature(maker)
     for option in options:
         if option not in signature.parameters:
             hint = nearest(option, signature.parameters)
-            raise UserError(f"{where} has the option '{option}', which the quantizer does not take{hint}.")
+            raise UserError(f"{where}.{slot} has the option '{option}', which it does not take{hint}.")
     # Options that were given by position get their names, so that a rule can override them too.
     given = signature.bind_partial(*factory.args, **factory.keywords).arguments if isinstance(factory, partial) else {}
     return partial(maker, **{**given, **options})

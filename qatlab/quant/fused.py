@@ -40,8 +40,8 @@ class _FusedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, *learned)  # the last so that a step in between is found out
         if layer.matmul != "float":
             return _integer_product(layer, x, weight, bias)
-        act, weights = layer.act_quantizer, layer.weight_quantizer
-        return F.linear(x if act is None else act(x), weight if weights is None else weights(weight), bias)
+        act = layer.act_quantizer
+        return F.linear(x if act is None else act(x), _Weight(layer, weight, False).quantized(), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -50,7 +50,7 @@ class _FusedLinear(torch.autograd.Function):
         x, weight, *_ = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
-        weights = _Operand(layer.weight_quantizer, weight, needs_weight)
+        weights = _Weight(layer, weight, needs_weight)
         inputs = _Operand(layer.act_quantizer, x, needs_x)
         # One operand after the other: what the first needed is freed before the second's product is there.
         grad_x, *grads_act = inputs.back(lambda: _input_gradient(layer, rows, weights).view(x.shape))
@@ -71,13 +71,17 @@ class _Operand:
         """The quantized factor, with its graph."""
         if self._value is None:
             with torch.enable_grad():
-                self._value = self.tensor if self.quantizer is None else self.quantizer(self.tensor)
+                self._value = self.quantized()
         return self._value
 
-    def codes(self) -> Tensor:
-        """The integer codes in bfloat16, as rows."""
+    def quantized(self) -> Tensor:
+        """Return the quantized factor, with a graph where gradients are on."""
+        return self.tensor if self.quantizer is None else self.quantizer(self.tensor)
+
+    def codes(self, dtype: torch.dtype) -> Tensor:
+        """The integer codes, as rows."""
         assert self.quantizer is not None
-        return self.quantizer.codes(self.tensor, torch.bfloat16).reshape(-1, self.tensor.shape[-1])
+        return self.quantizer.codes(self.tensor, dtype).reshape(-1, self.tensor.shape[-1])
 
     def back(self, gradient: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients to the tensor and the quantizer's parameters; ``gradient()`` is that of the value."""
@@ -89,19 +93,36 @@ class _Operand:
         return found if self.tensor.requires_grad else (None, *found)
 
 
+class _Weight(_Operand):
+    """The layer's weight: quantized anew, or reused where it is frozen."""
+
+    def __init__(self, layer: QuantLinear, weight: Tensor, needs_grad: bool) -> None:
+        super().__init__(layer.weight_quantizer, weight, needs_grad)
+        self.layer = layer
+
+    def quantized(self) -> Tensor:
+        """Return the quantized weight, the reused one if it is frozen."""
+        return self.layer.quantized_weight() if self.layer.frozen_weight else super().quantized()
+
+    def codes(self, dtype: torch.dtype) -> Tensor:
+        """The integer codes, the reused ones if the weight is frozen."""
+        return self.layer.weight_codes(dtype) if self.layer.frozen_weight else super().codes(dtype)
+
+
 def _input_gradient(layer: QuantLinear, rows: Tensor, weights: _Operand) -> Tensor:
     if layer.matmul != "bf16":
         return rows @ weights.value.detach().to(rows.dtype)
     assert layer.weight_quantizer is not None
     scaled = rows * layer.weight_quantizer.scale.detach().view(-1)
-    return scaled.to(torch.bfloat16) @ weights.codes()
+    return scaled.to(torch.bfloat16) @ weights.codes(torch.bfloat16)
 
 
 def _weight_gradient(layer: QuantLinear, rows: Tensor, inputs: _Operand) -> Tensor:
     if layer.matmul != "bf16":
         return rows.T @ inputs.value.detach().reshape(-1, layer.in_features).to(rows.dtype)
     assert layer.act_quantizer is not None
-    return (rows.to(torch.bfloat16).T @ inputs.codes()).float().mul_(layer.act_quantizer.scale.detach())
+    codes = inputs.codes(torch.bfloat16)
+    return (rows.to(torch.bfloat16).T @ codes).float().mul_(layer.act_quantizer.scale.detach())
 
 
 def _integer_product(layer: QuantLinear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,7 +131,8 @@ def _integer_product(layer: QuantLinear, x: Tensor, weight: Tensor, bias: Tensor
     assert act is not None
     assert weights is not None
     dtype = torch.int8 if layer.matmul == "int8" else torch.bfloat16
-    rows, columns = act.codes(x, dtype).reshape(-1, layer.in_features), weights.codes(weight, dtype).T
+    rows = act.codes(x, dtype).reshape(-1, layer.in_features)
+    columns = _Weight(layer, weight, False).codes(dtype).T
     product = _int_mm(rows, columns) if dtype == torch.int8 else rows @ columns
     y = product.float().mul_((act.scale * weights.scale).view(-1))
     if bias is not None:

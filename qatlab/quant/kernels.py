@@ -16,17 +16,23 @@ from qatlab.errors import UserError, nearest
 # grad where lo < v < hi, else 0, in one pass: a comparison into bools and a product with them take ten times as long on a CPU.
 _strictly_inside = torch.ops.aten.hardtanh_backward
 
+# An end of the grid, a whole multiple of the scale: a number, or one for each scale, of the scale's shape.
+Ends = int | Tensor
 
-def grid_codes(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+
+def grid_codes(x: Tensor, scale: Tensor, qmin: Ends, qmax: Ends) -> Tensor:
     """Return x / scale rounded to the nearest even integer and clipped to [qmin, qmax], in x's shape.
 
-    ``scale`` is (), or (channels, 1) for x (channels, n). bfloat16 and float16 are computed in float32, float64 stays
-    float64. It divides: x * (1 / scale) rounds some ties the other way, and the integer runtimes divide too.
+    ``scale`` is (), or (rows, 1) or (n,) for x (rows, n). With a zero point z the result is the code less z, and so are
+    the ends: clip(round(x / s) + z, lo, hi) - z = clip(round(x / s), lo - z, hi - z).
+
+    bfloat16 and float16 are computed in float32, float64 stays float64. It divides: x * (1 / scale) rounds some ties
+    the other way, and the integer runtimes divide too.
     """
-    return torch.div(widened(x), scale).round_().clamp_(qmin, qmax)
+    return torch.div(widened(x), scale).round_().clamp_(qmin, qmax)  # type: ignore[arg-type]
 
 
-def fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, qmin: Ends, qmax: Ends) -> Tensor:
     """Return x on the grid, code times ``scale``, in x's shape and dtype."""
     return grid_codes(x, scale, qmin, qmax).mul_(scale).to(x.dtype)
 
@@ -51,10 +57,13 @@ def lsq_backward(x: Tensor, scale: Tensor, grad: Tensor, qmin: int, qmax: int) -
     return grad_x, slope.sum(1, keepdim=True) if scale.ndim else slope.sum()
 
 
-def straight_through_backward(x: Tensor, scale: Tensor, grad: Tensor, qmin: int, qmax: int) -> Tensor:
+def straight_through_backward(x: Tensor, scale: Tensor, grad: Tensor, qmin: Ends, qmax: Ends) -> Tensor:
     """Return ``grad`` where x's rounded value lies on the grid, both ends included, and 0 elsewhere."""
     code = torch.div(widened(x), scale).round_()
-    return _strictly_inside(grad.to(code.dtype), code, qmin - 1, qmax + 1).to(x.dtype)
+    grad = grad.to(code.dtype)
+    if isinstance(qmin, Tensor):
+        return torch.where((code >= qmin) & (code <= qmax), grad, 0).to(x.dtype)
+    return _strictly_inside(grad, code, qmin - 1, qmax + 1).to(x.dtype)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,13 @@ from qatlab.quant.quantizer import Quantizer
 
 
 class QuantLayer(nn.Module):
-    """Returns ``compute(Q_a(x), Q_w(W))``: a layer that took over another's ``weight`` and ``bias`` and their names.
+    """Returns ``compute(Q_a(x), Q_w(W)) + adapter(x)``: a layer that took over another's ``weight`` and ``bias`` and their names.
 
-    Either slot may be None, which leaves that tensor in full precision. In eval mode without gradients the quantized
-    weight is computed once and reused, bit-equal to computing it each time; a change of the weight or of its
-    quantizer's state, ``train()`` and ``to()`` drop it, and it is in no state dict.
+    Each slot may be None, which leaves that tensor in full precision or that term out; the adapter sees the
+    full-precision x. A quantized weight that no gradient is asked of, because it is frozen or because this is eval mode
+    without gradients, is computed once and reused, bit-equal to computing it each time and as large as the weight; a
+    change of the weight or of its quantizer's state, ``train()`` and ``to()`` drop it, and it is in no state dict. Only a
+    write in place through ``.data`` goes unnoticed: call ``unfold`` after one.
     """
 
     weight: Tensor
@@ -30,36 +32,66 @@ class QuantLayer(nn.Module):
     out_features: int
     weight_quantizer: Quantizer | None
     act_quantizer: Quantizer | None
+    adapter: nn.Module | None
 
-    def __init__(self, source: nn.Linear | nn.Conv2d, weight: Quantizer | None, act: Quantizer | None) -> None:
+    def __init__(
+        self,
+        source: nn.Linear | nn.Conv2d,
+        weight: Quantizer | None,
+        act: Quantizer | None,
+        adapter: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.weight, self.bias = source.weight, source.bias
-        self.weight_quantizer = weight.to(source.weight.device) if weight is not None else None
-        self.act_quantizer = act.to(source.weight.device) if act is not None else None
-        self._folded: tuple[Any, Tensor] | None = None
+        for slot, module in (("weight_quantizer", weight), ("act_quantizer", act), ("adapter", adapter)):
+            setattr(self, slot, module.to(source.weight.device) if module is not None else None)
+        self._folded: tuple[Any, dict[Any, Tensor]] | None = None
         self.train(source.training)
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return the layer's output for an input and a weight that are already quantized, or not to be."""
         raise NotImplementedError
 
+    def base(self, x: Tensor) -> Tensor:
+        """Return the output without the adapter."""
+        return self.compute(x if self.act_quantizer is None else self.act_quantizer(x), self.quantized_weight())
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized layer's output, of the shape of the layer it replaced."""
-        if self.act_quantizer is not None:
-            x = self.act_quantizer(x)
-        return self.compute(x, self.quantized_weight())
+        y = self.base(x)
+        return y if self.adapter is None else y + self.adapter(x)
+
+    @property
+    def frozen_weight(self) -> bool:
+        """Whether nothing that the quantized weight is computed from is trained."""
+        learned = [] if self.weight_quantizer is None else self.weight_quantizer.parameters()
+        return not any(tensor.requires_grad for tensor in (self.weight, *learned))
 
     def quantized_weight(self) -> Tensor:
         """Return the weight that the forward multiplies with: fake-quantized, or as it is if there is no quantizer."""
-        if self.weight_quantizer is None:
-            return self.weight
-        if self.training or torch.is_grad_enabled() or self.weight.is_inference():
-            return self.weight_quantizer(self.weight)
+        quantizer = self.weight_quantizer
+        return self.weight if quantizer is None else self._reused("value", lambda: quantizer(self.weight))
+
+    def weight_codes(self, dtype: torch.dtype) -> Tensor:
+        """Return the integer codes of the weight in ``dtype``."""
+        assert self.weight_quantizer is not None
+        quantizer = self.weight_quantizer
+        return self._reused(dtype, lambda: quantizer.codes(self.weight, dtype))
+
+    def _reused(self, what: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """Return ``compute()``, or what it gave before if nothing changed since and no gradient is asked of it."""
+        assert self.weight_quantizer is not None
+        learning = self.training or torch.is_grad_enabled()
+        if (learning and not self.frozen_weight) or self.weight.is_inference():
+            return compute()
         state = [self.weight, *self.weight_quantizer.parameters(), *self.weight_quantizer.buffers()]
-        key = [(tensor.data_ptr(), tensor._version) for tensor in state]
+        # A tensor made in inference mode cannot be kept for a backward.
+        key = [torch.is_inference_mode_enabled(), *((tensor.data_ptr(), tensor._version) for tensor in state)]
         if self._folded is None or self._folded[0] != key:
-            self._folded = key, self.weight_quantizer(self.weight)
-        return self._folded[1]
+            self._folded = key, {}
+        if what not in self._folded[1]:
+            self._folded[1][what] = compute()
+        return self._folded[1][what]
 
     def unfold(self) -> None:
         """Forget the reused weight, so that the next forward runs the weight quantizer."""
@@ -79,17 +111,19 @@ class QuantLayer(nn.Module):
 
 
 class QuantLinear(QuantLayer):
-    """An nn.Linear with quantized weight and input: Q_w(W) Q_a(x) + b, (..., in_features) to (..., out_features)."""
+    """An nn.Linear with quantized weight and input: Q_w(W) Q_a(x) + b + adapter(x), (..., in_features) to (..., out_features)."""
 
-    def __init__(self, source: nn.Linear, weight: Quantizer | None, act: Quantizer | None) -> None:
-        super().__init__(source, weight, act)
+    def __init__(
+        self, source: nn.Linear, weight: Quantizer | None, act: Quantizer | None, adapter: nn.Module | None = None
+    ) -> None:
+        super().__init__(source, weight, act, adapter)
         self.in_features, self.out_features = source.in_features, source.out_features
         self.matmul = "float"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output; with gradients, of a function that keeps only x and W for its backward."""
+    def base(self, x: Tensor) -> Tensor:
+        """Return the output without the adapter; with gradients, of a function that keeps only x and W for its backward."""
         quantized = self.act_quantizer is not None or self.weight_quantizer is not None
-        return fused_linear(self, x) if quantized and torch.is_grad_enabled() else super().forward(x)
+        return fused_linear(self, x) if quantized and torch.is_grad_enabled() else super().base(x)
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return x W^T + b."""
@@ -110,8 +144,10 @@ class QuantProjection(QuantLinear):
 class QuantConv2d(QuantLayer):
     """An nn.Conv2d with quantized weight and input, zero padding only; a channel is an output channel."""
 
-    def __init__(self, source: nn.Conv2d, weight: Quantizer | None, act: Quantizer | None) -> None:
-        super().__init__(source, weight, act)
+    def __init__(
+        self, source: nn.Conv2d, weight: Quantizer | None, act: Quantizer | None, adapter: nn.Module | None = None
+    ) -> None:
+        super().__init__(source, weight, act, adapter)
         self.in_channels, self.out_channels = source.in_channels, source.out_channels
         self.in_features, self.out_features = source.weight[0].numel(), source.out_channels
         self.kernel_size, self.stride, self.padding = source.kernel_size, source.stride, source.padding
@@ -127,25 +163,58 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
+def freeze_base(model: nn.Module) -> None:
+    """Freeze every parameter of ``model`` that belongs to no quantizer and no adapter of a quantized layer.
+
+    The paper's QAT-LoRA (arXiv 2509.21173) and LR-QAT train adapters and learned scales alone: biases, norms and
+    embeddings stay those of the checkpoint too, and no product for the gradient of a weight is computed.
+    """
+    slots = [
+        m
+        for layer in quant_layers(model).values()
+        for m in (layer.weight_quantizer, layer.act_quantizer, layer.adapter)
+    ]
+    trained = {parameter for module in slots if module is not None for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if parameter not in trained:
+            parameter.requires_grad_(False)
+
+
 def prepare_training(model: nn.Module, kernels: str, matmul: str) -> None:
     """Set how the quantized layers of ``model`` compute with gradients: ``kernels`` eager or compiled, ``matmul`` of fused_linear.
 
-    Raises UserError for an unknown ``matmul``, and for products of integers where no layer has both quantizers.
+    Raises UserError for an unknown ``matmul``, and for products of integers where no layer has both quantizers, or where
+    one has a grid whose codes cannot be multiplied so.
     """
     if matmul not in MATMULS:
         raise UserError(f"quant.matmul={matmul} is unknown{nearest(matmul, MATMULS)}; there are {', '.join(MATMULS)}.")
-    linear = [layer for layer in quant_layers(model).values() if isinstance(layer, QuantLinear)]
-    integer = [layer for layer in linear if layer.weight_quantizer is not None and layer.act_quantizer is not None]
-    if matmul != "float" and not integer:
-        raise UserError(
-            f"quant.matmul={matmul} multiplies integer codes, and no layer has both quantizers: choose quant/weight= and "
-            "quant/act=, or set quant.matmul=float."
-        )
-    for layer in integer:
+    integer = {
+        name: layer
+        for name, layer in quant_layers(model).items()
+        if isinstance(layer, QuantLinear) and layer.weight_quantizer is not None and layer.act_quantizer is not None
+    }
+    if matmul != "float":
+        _require_integers(integer, matmul)
+    for layer in integer.values():
         layer.matmul = matmul
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.kernels = compiled() if kernels == "compiled" else EAGER
+
+
+def _require_integers(layers: dict[str, QuantLinear], matmul: str) -> None:
+    if not layers:
+        raise UserError(
+            f"quant.matmul={matmul} multiplies integer codes, and no layer has both quantizers: choose quant/weight= and "
+            "quant/act=, or set quant.matmul=float."
+        )
+    for name, layer in layers.items():
+        for slot, quantizer in (("weight", layer.weight_quantizer), ("act", layer.act_quantizer)):
+            if quantizer is not None and not quantizer.integer_product:
+                raise UserError(
+                    f"quant.matmul={matmul} multiplies integer codes without zero points and with one scale per sum, "
+                    f"which quant.{slot} of {name} does not have: choose another quant/{slot}=, or set quant.matmul=float."
+                )
 
 
 @contextmanager

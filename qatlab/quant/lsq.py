@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qatlab.errors import UserError, nearest
+from qatlab.quant.grids import Observer
 from qatlab.quant.kernels import Kernels
 from qatlab.quant.quantizer import SMALLEST_SCALE, Quantizer, Statistics
-
-INITS = ("absmax", "lsq", "mse")
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -40,11 +38,12 @@ class LSQ(Quantizer):
     N is the number of elements that share one scale without the batch: two processes then give the gradient of one.
 
     ``init``: "absmax" puts the grid's end at the largest |x|; "lsq" is the paper's 2 <|x|> / sqrt(qmax), a low-bit rule
-    that wastes about two of 8 bits; "mse" minimises the squared error on what was observed. ``log_scale``: the learned
-    parameter is log s (``log_step``), so that a learning rate means a relative change, or s itself (``step``), used as
-    |s|.
+    that wastes about two of 8 bits; "mse" minimises the squared error on what was observed; "percentile" puts the end
+    where ``percentile`` % of all |x| lie below it. ``log_scale``: the learned parameter is log s (``log_step``), so that
+    a learning rate means a relative change, or s itself (``step``), used as |s|.
     """
 
+    inits: tuple[str, ...] = ("absmax", "lsq", "mse", "percentile")
     log_step: nn.Parameter
     step: nn.Parameter
 
@@ -56,12 +55,12 @@ class LSQ(Quantizer):
         batched: bool,
         per_channel: bool = False,
         init: str = "absmax",
+        percentile: float = 99.99,
         log_scale: bool = True,
     ) -> None:
         super().__init__(bits, channels=channels, batched=batched, per_channel=per_channel)
-        if init not in INITS:
-            raise UserError(f"init is {init!r}: LSQ starts from one of {', '.join(INITS)}{nearest(str(init), INITS)}.")
-        self.init, self.log_scale = init, log_scale
+        self.observer, self.log_scale = Observer(init, percentile), log_scale
+        self.observer.require("init", self.inits)
         self.register_parameter("log_step" if log_scale else "step", nn.Parameter(self._empty_scale()))
 
     @property
@@ -79,16 +78,14 @@ class LSQ(Quantizer):
         parameter.copy_(scale.log() if self.log_scale else scale)
 
     def needs_histogram(self) -> bool:
-        """Only the squared error needs more than running sums."""
-        return self.init == "mse"
+        """Percentiles and squared errors need more than running sums."""
+        return self.observer.needs_histogram
 
     def initial_scale(self, statistics: Statistics) -> Tensor:
         """Return the scale named by ``init``."""
-        if self.init == "mse":
-            return statistics.mse_optimal_scale(self.qmin, self.qmax)
-        if self.init == "lsq":
+        if self.observer.name == "lsq":
             return 2 * statistics.mean_abs / math.sqrt(self.qmax)
-        return statistics.absmax / self.qmax
+        return self.observer.scale(statistics, self.qmin, self.qmax)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return x rounded to the grid."""
@@ -97,4 +94,4 @@ class LSQ(Quantizer):
 
     def extra_repr(self) -> str:
         """Return the options shown by ``print(model)``."""
-        return f"{super().extra_repr()}, init={self.init}, log_scale={self.log_scale}"
+        return f"{super().extra_repr()}, init={self.observer.name}, log_scale={self.log_scale}"

@@ -1,11 +1,16 @@
-"""The absmax quantizer: the largest value seen is the end of the grid."""
+"""Static quantizers without anything learned: the ends of the grid are found in calibration and stay."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qatlab.quant.kernels import Kernels
+from qatlab.errors import UserError
+from qatlab.quant.grids import OBSERVERS, Observer
+from qatlab.quant.kernels import Ends, Kernels, grid_codes
+from qatlab.quant.observers import ActivationStatistics
 from qatlab.quant.quantizer import Quantizer, Statistics
 
 
@@ -13,7 +18,7 @@ class _StraightThrough(torch.autograd.Function):
     """Round to the grid; the gradient passes unchanged where the rounded value lies on the grid, both ends included."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, kernels: Kernels) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, qmin: Ends, qmax: Ends, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.constants = qmin, qmax, kernels
         return kernels.fake_quantize(x, scale, qmin, qmax)
@@ -26,33 +31,148 @@ class _StraightThrough(torch.autograd.Function):
         return kernels.straight_through_backward(x, scale, grad, qmin, qmax), None, None, None, None
 
 
+def straight_through(x: Tensor, scale: Tensor, ends: tuple[Ends, Ends], kernels: Kernels) -> Tensor:
+    """Return x rounded to whole multiples of ``scale`` between ``ends``, which broadcast over x, in its shape and dtype.
+
+    The gradient to x passes where the rounded value lies on the grid, ends included; there is none to the scale.
+    """
+    return _StraightThrough.apply(x, scale, *ends, kernels)
+
+
 class MinMax(Quantizer):
-    """Returns x on a grid that ends at the largest |x| seen in calibration: s = absmax / (2^(b-1) - 1), not learned.
+    """Returns x on a grid whose ends calibration found and nothing learns: by default s = absmax / (2^(b-1) - 1).
+
+    ``observer`` says what the ends are: "absmax" the largest values seen, "ema" their running mean over batches
+    (momentum 0.1), "percentile" the ``percentile`` % of values, "mse" the grid of least squared error. ``symmetric``
+    false gives activations a grid from the smallest to the largest value, 0 always on it: a whole number ``zero_point``
+    (a buffer) is added to the code. ``per_channel`` is one scale per output channel of weights, or per input channel
+    of activations (observers absmax and ema); ``group_size`` is one scale per so many consecutive input channels of
+    each output channel of weights, which are seen as (-1, group_size), with scales (channels * groups, 1); for it,
+    ``width`` is the number of weights per output channel.
 
     The gradient is straight-through inside the clip range, ends included (the mask of torch.fake_quantize_*). It is
     taken on the rounded code, because absmax / s may come out one float above its end and the largest value would be
-    frozen.
+    frozen. Raises UserError for options that do not go together.
     """
 
+    activation_channels = True
     step: Tensor
+    zero: Tensor
 
-    def __init__(self, bits: int, *, channels: int, batched: bool, per_channel: bool = False) -> None:
+    def __init__(
+        self,
+        bits: int,
+        *,
+        channels: int,
+        batched: bool,
+        width: int | None = None,
+        per_channel: bool = False,
+        group_size: int | None = None,
+        symmetric: bool = True,
+        observer: str = "absmax",
+        percentile: float = 99.99,
+    ) -> None:
         super().__init__(bits, channels=channels, batched=batched, per_channel=per_channel)
+        self.width = width
+        self.group_size, self.symmetric, self.observer = group_size, symmetric, Observer(observer, percentile)
+        self._require_options()
         self.register_buffer("step", self._empty_scale())
+        if not symmetric:
+            self.register_buffer("zero", torch.zeros_like(self.step, dtype=torch.int32))
+        self._ends: tuple[Ends, Ends] | None = None
 
     @property
     def scale(self) -> Tensor:
-        """The step s of the grid, shape () or (channels, 1)."""
+        """The step s of the grid, shape (), (channels, 1), (channels * groups, 1), or (channels,) of activations."""
         return self.step
+
+    @property
+    def zero_point(self) -> Tensor:
+        """The code that stands for 0, int32 and from -2^(b-1) to 2^(b-1) - 1 if not symmetric, of the scale's shape."""
+        return super().zero_point if self.symmetric else self.zero
+
+    @property
+    def integer_product(self) -> bool:
+        """Whether a product of codes times the scales is the product."""
+        return super().integer_product and self.symmetric and self.group_size is None
 
     def store_scale(self, scale: Tensor) -> None:
         """Take ``scale`` as the new scale."""
         self.step.copy_(scale)
 
+    def needs_histogram(self) -> bool:
+        """Percentiles and squared errors need more than running ends."""
+        return self.observer.needs_histogram
+
     def initial_scale(self, statistics: Statistics) -> Tensor:
-        """Return absmax / qmax."""
-        return statistics.absmax / self.qmax
+        """Return the scale of a symmetric grid."""
+        return self.observer.scale(statistics, self.qmin, self.qmax)
+
+    def start_from(self, statistics: Statistics) -> None:
+        """Take the scale and the zero point of the observer."""
+        if self.symmetric:
+            return super().start_from(statistics)
+        assert isinstance(statistics, ActivationStatistics)
+        scale, zero = self.observer.grid(statistics, self.qmin, self.qmax)
+        self.store_scale(scale)
+        self.zero.copy_(zero)
+        self._ends = None
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return x rounded to the grid."""
-        return _StraightThrough.apply(x, self.step, self.qmin, self.qmax, self.kernels)
+        return straight_through(x, self.step, self._grid_ends(), self.kernels)
+
+    def extra_repr(self) -> str:
+        """Return the options shown by ``print(model)``."""
+        group = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f"{super().extra_repr()}{group}, symmetric={self.symmetric}, observer={self.observer.name}"
+
+    def _grid_ends(self) -> tuple[Ends, Ends]:
+        """The ends as whole multiples of s: numbers, read once, where there is one scale, so that no step waits for a GPU."""
+        if self.symmetric:
+            return self.qmin, self.qmax
+        if self.per_channel:
+            return self.qmin - self.zero, self.qmax - self.zero
+        if self._ends is None:
+            zero = int(self.zero)
+            self._ends = self.qmin - zero, self.qmax - zero
+        return self._ends
+
+    def _empty_scale(self) -> Tensor:
+        if self.group_size is None or self.width is None:
+            return super()._empty_scale()
+        return torch.full((self.channels * self.width // self.group_size, 1), float("nan"))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return super()._rows(x) if self.group_size is None else x.reshape(-1, self.group_size)
+
+    def _codes(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.symmetric:
+            return super()._codes(rows, dtype)
+        return (grid_codes(rows, self.step, *self._grid_ends()) + self.zero).to(dtype)
+
+    def _require_options(self) -> None:
+        self.observer.require("observer", OBSERVERS)
+        if self.group_size is not None:
+            self._require_groups(self.group_size)
+            self._several = True
+        if not self.batched and (not self.symmetric or self.observer.name == "ema"):
+            raise UserError("symmetric=false and observer=ema are for activations: weights take neither.")
+        if self.batched and self.per_channel and self.observer.needs_histogram:
+            raise UserError(f"observer is {self.observer.name!r}: with per_channel, activations take absmax or ema.")
+
+    def _require_groups(self, size: int) -> None:
+        if self.batched or self.per_channel:
+            raise UserError(
+                "group_size is set for activations or with per_channel: it is for weights, without per_channel."
+            )
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UserError(f"group_size is {size!r}: it takes a whole number above 0, such as 64.")
+        if self.width is None or self.width % size:
+            raise UserError(
+                f"group_size={size} does not divide a layer's {self.width} inputs: choose a divisor, such as 32."
+            )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ends = None
+        super()._load_from_state_dict(*args, **kwargs)

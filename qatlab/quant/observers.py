@@ -1,17 +1,15 @@
-"""What calibration remembers of a tensor, in bounded memory, and the search for the scale of least squared error."""
+"""What calibration remembers of a tensor, in bounded memory."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qatlab.errors import UserError
+from qatlab.quant.histogram import Histogram, rank, search
 
-BINS = 2**16
-# A batch is counted in pieces: the bin of every element takes 8 bytes.
-PIECE = 2**22
+# Of the running means of a batch's ends; that of the paper's authors.
+MOMENTUM = 0.1
 
 
 class WeightStatistics:
@@ -24,12 +22,17 @@ class WeightStatistics:
     def __init__(self, rows: Tensor, shape: torch.Size) -> None:
         self.rows, self.shape = rows, shape
         self.absmax = rows.abs().amax(1).double().reshape(self.shape)
-        _require_finite(self.absmax)
+        require_finite(self.absmax)
 
     @property
     def mean_abs(self) -> Tensor:
         """The mean of |w| per scale."""
         return self.rows.abs().mean(1, dtype=torch.float64).reshape(self.shape)
+
+    def percentile(self, percent: float) -> Tensor:
+        """Return the least value that at least ``percent`` % of a row's |w| do not exceed, float64."""
+        magnitudes = self.rows.abs().float()
+        return magnitudes.kthvalue(rank(percent, magnitudes.shape[1]), 1).values.double().reshape(self.shape)
 
     def mse_optimal_scale(self, qmin: int, qmax: int) -> Tensor:
         """Return the scales of least squared error between the rows and their quantized twins, float64."""
@@ -39,23 +42,27 @@ class WeightStatistics:
             error = torch.div(self.rows, step).round_().clamp_(qmin, qmax).mul_(step).sub_(self.rows)
             return error.square_().sum(1).double().reshape(self.shape)
 
-        return _search(squared_error, self.absmax / qmax)
+        return search(squared_error, self.absmax / qmax)
 
 
 class ActivationStatistics:
-    """Running absmax, mean of |x| and, on request, a histogram of a tensor seen batch by batch.
+    """Running ends, their mean over batches, mean of |x| and, on request, a histogram of a tensor seen batch by batch.
 
-    The histogram has BINS equal bins over [-range, range]. A larger value doubles the range, which merges bins two by
-    two and so loses no count.
+    ``low``, ``high`` (smallest and largest value), ``absmax`` and ``moving_low``, ``moving_high`` (the batch's ends,
+    averaged with MOMENTUM, starting from the first batch's) are float64, of shape () or, with ``channels``, of shape
+    (channels,), for each index of the last dimension. Before any value ``low`` is inf and ``high`` -inf.
     """
 
-    def __init__(self, *, histogram: bool) -> None:
-        self.absmax = torch.zeros((), dtype=torch.float64)
+    def __init__(self, *, histogram: bool, channels: int | None = None) -> None:
+        shape = () if channels is None else (channels,)
+        self.channels = channels
+        self.absmax = torch.zeros(shape, dtype=torch.float64)
+        self.low, self.high = torch.full_like(self.absmax, torch.inf), torch.full_like(self.absmax, -torch.inf)
+        self.moving_low, self.moving_high = self.low, self.high
         self._total = torch.zeros((), dtype=torch.float64)
         self._elements = 0
-        self._range = 0.0
-        self._counts: Tensor | None = None
-        self._histogram = histogram
+        self._wants_histogram = histogram
+        self._histogram: Histogram | None = None
 
     @property
     def mean_abs(self) -> Tensor:
@@ -63,65 +70,58 @@ class ActivationStatistics:
         return self._total / max(1, self._elements)
 
     def update(self, x: Tensor) -> None:
-        """Take one batch of any shape; UserError on NaN or infinite values."""
+        """Take one batch, (..., channels) where ``channels`` is given; UserError on NaN or infinite values."""
         if x.numel() == 0:
             return
-        absmax = torch.stack(torch.aminmax(x)).abs().max().double()
-        _require_finite(absmax)
+        ends = torch.aminmax(x) if self.channels is None else torch.aminmax(x.reshape(-1, self.channels), dim=0)
+        low, high = (end.double() for end in ends)
+        absmax = torch.maximum(low.abs(), high.abs())
+        require_finite(absmax)
+        self._move(low, high)
+        self.low, self.high = torch.minimum(self.low.to(x.device), low), torch.maximum(self.high.to(x.device), high)
         self.absmax = torch.maximum(self.absmax.to(x.device), absmax)
         self._total = self._total.to(x.device) + torch.linalg.vector_norm(x, 1, dtype=torch.float64)
         self._elements += x.numel()
         # A tensor of zeros alone is represented exactly by every scale, so it needs no counting.
-        if self._histogram and float(self.absmax) > 0:
-            self._count(x)
+        if self._wants_histogram and (largest := float(self.absmax)) > 0:
+            if self._histogram is None:
+                self._histogram = Histogram(largest, x.device)
+            self._histogram.update(x, largest)
 
-    def _count(self, x: Tensor) -> None:
-        if self._counts is None:
-            self._range = float(self.absmax)
-            self._counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
-        while self._range < float(self.absmax):
-            merged = self._counts.view(-1, 2).sum(1)
-            self._counts = torch.zeros_like(self._counts)
-            self._counts[BINS // 4 : 3 * BINS // 4] = merged
-            self._range *= 2
-        for piece in x.flatten().split(PIECE):
-            # Not torch.histc, whose float32 counts saturate and which is refused on GPUs in deterministic mode.
-            bins = ((piece.float() + self._range) * (BINS / 2 / self._range)).long().clamp_(0, BINS - 1)
-            self._counts += torch.bincount(bins, minlength=BINS)
+    def percentile(self, percent: float) -> Tensor:
+        """Return the least value that at least ``percent`` % of all |x| do not exceed, to the width of a bin."""
+        if self._histogram is None:
+            return self.absmax
+        return torch.minimum(self._histogram.percentile(percent), self.absmax)
+
+    def tails(self, percent: float) -> tuple[Tensor, Tensor]:
+        """Return the values that ``percent`` % of all x are not below and not above, to the width of a bin."""
+        if self._histogram is None:
+            return self.low, self.high
+        low, high = self._histogram.tails(percent)
+        return torch.maximum(low, self.low), torch.minimum(high, self.high)
 
     def mse_optimal_scale(self, qmin: int, qmax: int) -> Tensor:
         """Return the scale of least squared error over the histogram, float64, shape ()."""
-        if self._counts is None:
+        if self._histogram is None:
             return self.absmax / qmax
-        seen = self._counts > 0
-        counts = self._counts[seen]
-        values = ((seen.nonzero().squeeze(1).double() + 0.5) * (2 / BINS) - 1) * self._range
+        return self._histogram.mse_optimal_scale(self.absmax / qmax, qmin, qmax)
 
-        def squared_error(scale: Tensor) -> Tensor:
-            error = torch.div(values, scale).round_().clamp_(qmin, qmax).mul_(scale).sub_(values)
-            return error.square_() @ counts
+    def mse_optimal_grid(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+        """Return the (scale, zero point) of least squared error over the histogram, float64, shape ()."""
+        if self._histogram is None:
+            return self.absmax, torch.full_like(self.absmax, qmin)
+        return self._histogram.mse_optimal_grid(self.low.clamp(max=0), self.high.clamp(min=0), qmin, qmax)
 
-        return _search(squared_error, self.absmax / qmax)
-
-
-def _search(squared_error: Callable[[Tensor], Tensor], largest: Tensor) -> Tensor:
-    """Return the scales, from ``largest`` / 1000 to ``largest``, of least ``squared_error`` (elementwise, same shape).
-
-    A geometric grid finds the valley, since the error has many small local minima; three finer ones go to its bottom.
-    """
-    factor = 1.13
-    largest = largest.clamp(min=1e-30)
-    best, least = largest, squared_error(largest)
-    candidates = [largest * factor**-k for k in range(1, 57)]
-    for _ in range(4):
-        for candidate in candidates:
-            error = squared_error(candidate)
-            best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
-        factor **= 0.2
-        candidates = [best * factor**k for k in (-4, -3, -2, -1, 1, 2, 3, 4)]
-    return best
+    def _move(self, low: Tensor, high: Tensor) -> None:
+        if self._elements == 0:
+            self.moving_low, self.moving_high = low, high
+        else:
+            self.moving_low = torch.lerp(self.moving_low.to(low.device), low, MOMENTUM)
+            self.moving_high = torch.lerp(self.moving_high.to(high.device), high, MOMENTUM)
 
 
-def _require_finite(absmax: Tensor) -> None:
-    if not bool(absmax.isfinite().all()):
+def require_finite(values: Tensor) -> None:
+    """Raise UserError where ``values``, the ends of what calibration met, are NaN or infinite."""
+    if not bool(values.isfinite().all()):
         raise UserError("calibration met NaN or infinite values; look for broken images or overflowing weights.")

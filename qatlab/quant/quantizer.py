@@ -8,21 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.errors import UserError
+from qatlab.quant.grids import SMALLEST_SCALE, Statistics
 from qatlab.quant.kernels import EAGER, Kernels
 from qatlab.quant.observers import ActivationStatistics, WeightStatistics
 
-Statistics = ActivationStatistics | WeightStatistics
-
-# The scale of a tensor (or of a weight row) that is zero throughout: positive, so that 0 / scale is 0 and never NaN.
-SMALLEST_SCALE = 1e-12
+__all__ = ["SMALLEST_SCALE", "Quantizer", "Statistics"]
 
 
 class Quantizer(nn.Module):
-    """Maps a tensor to its fake-quantized twin on the symmetric signed grid s * {-2^(b-1), ..., 2^(b-1) - 1}.
+    """Maps a tensor to its fake-quantized twin on the signed grid s * ({-2^(b-1), ..., 2^(b-1) - 1} - z).
 
-    ``bits`` b is 2 to 8; there is no zero point. ``channels`` is the weight's output or the activation's input width.
-    ``batched`` says that dimension 0 is the batch (activations). ``per_channel`` gives one scale per output channel,
-    shape (channels, 1), the weight seen as (channels, -1); otherwise there is one scale, shape ().
+    ``bits`` b is 2 to 8; the zero point z is 0 unless a subclass has one. ``channels`` is the weight's output or the
+    activation's input width. ``batched`` says that dimension 0 is the batch (activations). ``per_channel`` gives one
+    scale per channel: for weights, seen as (channels, -1), of shape (channels, 1); for the last dimension of
+    activations, where ``activation_channels`` allows it, of shape (channels,). Otherwise there is one scale, shape ().
 
     The scale has its final shape from the start, as NaN, and is filled by ``observe`` and ``fit`` or by a state dict;
     ``forward`` never initialises. The result has x's dtype and is computed in float32 or wider. Beware that a bfloat16
@@ -30,20 +29,24 @@ class Quantizer(nn.Module):
     most 2^b distinct values; exact integer arithmetic takes ``codes`` and multiplies by the scale after the product.
 
     A subclass writes ``scale``, ``store_scale``, ``initial_scale`` and ``fake_quantize``. Raises UserError for bits
-    outside 2 to 8 and for ``per_channel`` activations.
+    outside 2 to 8 and for ``per_channel`` activations of a subclass without ``activation_channels``.
     """
+
+    activation_channels = False
 
     def __init__(self, bits: int, *, channels: int, batched: bool, per_channel: bool = False) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
             raise UserError(f"bits is {bits!r}: a quantizer takes a whole number from 2 to 8.")
-        if per_channel and batched:
+        if per_channel and batched and not self.activation_channels:
             raise UserError(
-                "per_channel is true for activations, which have one scale per tensor: set it for weights only."
+                f"per_channel is true, but {type(self).__name__} has one scale per tensor of activations: set it for "
+                "weights only."
             )
         self.bits, self.channels, self.batched, self.per_channel = bits, channels, batched, per_channel
         self.qmin, self.qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self.kernels: Kernels = EAGER
+        self._several = per_channel  # scales, so that tensors are seen in two dimensions
         self._ready = False
         self._statistics: Statistics | None = None
 
@@ -52,16 +55,30 @@ class Quantizer(nn.Module):
         """The positive step s of the grid: shape () or (channels, 1), differentiable where it is learned."""
         raise NotImplementedError
 
+    @property
+    def zero_point(self) -> Tensor:
+        """The code z that stands for 0, of the scale's shape: x on the grid is (codes - zero_point) * scale."""
+        return torch.zeros_like(self.scale, requires_grad=False)
+
+    @property
+    def integer_product(self) -> bool:
+        """Whether a product of ``codes`` times the scales is the product: no zero point, no scale that differs within a sum."""
+        return not (self.batched and self.per_channel)
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale and the zero point that activations x are rounded with; both broadcast over x."""
+        return self.scale, self.zero_point
+
     def store_scale(self, scale: Tensor) -> None:
         """Take ``scale``, positive and of the final shape, as the new scale."""
         raise NotImplementedError
 
     def initial_scale(self, statistics: Statistics) -> Tensor:
-        """Return the scale that calibration starts from, float64, shape () or (channels, 1)."""
+        """Return the scale that calibration starts from, float64, of the scale's shape."""
         raise NotImplementedError
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """Return the rounded twin of x, in its dtype, with the gradient; x is (channels, -1) if ``per_channel``."""
+        """Return the rounded twin of x, in its dtype, with the gradient; x is two-dimensional if ``per_channel``."""
         raise NotImplementedError
 
     def needs_histogram(self) -> bool:
@@ -72,16 +89,22 @@ class Quantizer(nn.Module):
         """Return the fake-quantized twin of x in x's shape and dtype; UserError before calibration."""
         if not self._ready:
             self._require_scale()
-        if self.per_channel:
-            return self.fake_quantize(x.reshape(self.channels, -1)).view(x.shape)
-        return self.fake_quantize(x)
+        return self.fake_quantize(self._rows(x)).view(x.shape) if self._several else self.fake_quantize(x)
 
     def codes(self, x: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
-        """Return the integer codes of x in ``dtype``, in x's shape; ``codes(x) * scale`` is the forward's value."""
+        """Return the integer codes of x, -2^(b-1) to 2^(b-1) - 1, in ``dtype`` and x's shape.
+
+        ``(codes(x) - zero_point) * scale`` is the forward's value.
+        """
         if not self._ready:
             self._require_scale()
-        rows = x.detach().reshape(self.channels, -1) if self.per_channel else x.detach()
-        return self.kernels.integer_codes(rows, self.scale.detach(), self.qmin, self.qmax, dtype).view(x.shape)
+        return self._codes(self._rows(x.detach()), dtype).view(x.shape)
+
+    def grid_rows(self, x: Tensor) -> Tensor:
+        """Return x as (number of scales, -1): a row holds what shares a scale, once quantized at most 2^bits values."""
+        if not self._several:
+            return x.reshape(1, -1)
+        return self._rows(x).T if self.batched else self._rows(x)
 
     def observe(self, x: Tensor) -> None:
         """Gather what ``fit`` needs: a weight is kept as it is, activations over any number of calls in bounded memory.
@@ -89,27 +112,52 @@ class Quantizer(nn.Module):
         Raises UserError when x holds NaN or infinite values.
         """
         if not self.batched:
-            rows = x.detach().reshape(self.channels if self.per_channel else 1, -1)
-            self._statistics = WeightStatistics(rows, self._empty_scale().shape)
+            rows = self.grid_rows(x.detach())
+            self._statistics = WeightStatistics(rows, torch.Size([len(rows), 1] if self._several else []))
             return
         if not isinstance(self._statistics, ActivationStatistics):
-            self._statistics = ActivationStatistics(histogram=self.needs_histogram())
-        self._statistics.update(x.detach())
+            channels = self.channels if self.per_channel else None
+            self._statistics = ActivationStatistics(histogram=self.needs_histogram(), channels=channels)
+        self._statistics.update(self._rows(x.detach()))
 
     def fit(self) -> None:
         """Turn what was observed into the scale and forget it; UserError when nothing was observed."""
         if self._statistics is None:
             raise UserError("nothing was observed: a quantizer sees at least one tensor before its scale is fitted.")
-        self.store_scale(self.initial_scale(self._statistics).clamp(min=SMALLEST_SCALE))
+        self.start_from(self._statistics)
         self._statistics = None
         self._ready = True
+
+    def start_from(self, statistics: Statistics) -> None:
+        """Take the state that calibration starts from."""
+        self.store_scale(self.initial_scale(statistics).clamp(min=SMALLEST_SCALE))
 
     def extra_repr(self) -> str:
         """Return the options shown by ``print(model)``."""
         return f"bits={self.bits}, per_channel={self.per_channel}"
 
     def _empty_scale(self) -> Tensor:
-        return torch.full((self.channels, 1) if self.per_channel else (), float("nan"))
+        shape = () if not self.per_channel else (self.channels,) if self.batched else (self.channels, 1)
+        return torch.full(shape, float("nan"))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """X in two dimensions over which the scales broadcast, or x itself where there is one scale."""
+        if not self.per_channel:
+            return x
+        if not self.batched:
+            return x.reshape(self.channels, -1)
+        self._require_channels_last(x)
+        return x.reshape(-1, self.channels)
+
+    def _codes(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.kernels.integer_codes(rows, self.scale.detach(), self.qmin, self.qmax, dtype)
+
+    def _require_channels_last(self, x: Tensor) -> None:
+        if x.shape[-1] != self.channels:
+            raise UserError(
+                f"an input of shape {tuple(x.shape)} does not end in its {self.channels} channels, so it has no scale per "
+                "channel or token (a convolution's has not): skip the layer's input with quant.rules={<layer>: {act: null}}."
+            )
 
     def _elements_per_scale(self, x: Tensor) -> int:
         """LSQ's N: the elements that share one scale, the batch dimension left out."""

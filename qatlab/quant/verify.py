@@ -51,9 +51,9 @@ def distinct_values(quantized: Tensor, rows: int) -> int:
 def _counting(row: dict[str, Any]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(quantizer: nn.Module, _: tuple[Tensor, ...], quantized: Tensor) -> None:
         assert isinstance(quantizer, Quantizer)
-        rows = quantizer.channels if quantizer.per_channel else 1
+        rows = quantizer.grid_rows(quantized.detach())
         row["calls"] += 1
-        row["distinct"] = max(row["distinct"], distinct_values(quantized, rows))
+        row["distinct"] = max(row["distinct"], distinct_values(rows, len(rows)))
 
     return hook
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from qatlab.errors import UserError
 from qatlab.quant import LSQ, MinMax, QuantConv2d, QuantLinear, calibrate, layer_report, quant_layers, quantize, verify
+from qatlab.quant.lora import LoRA
+from qatlab.quant.lr_qat import LRQAT
 
 WEIGHT, ACT = partial(LSQ, 8, per_channel=True), partial(MinMax, 8)
 KINDS = ["attn.in_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -80,7 +82,11 @@ def test_rules_the_first_match_wins(visual: nn.Module) -> None:
     first, second = (layers[f"transformer.resblocks.{block}.mlp.c_proj"] for block in range(2))
     assert first.act_quantizer is None
     assert first.weight_quantizer.bits == 8
-    assert (second.act_quantizer.bits, second.weight_quantizer.bits, second.weight_quantizer.init) == (6, 4, "mse")
+    assert (second.act_quantizer.bits, second.weight_quantizer.bits, second.weight_quantizer.observer.name) == (
+        6,
+        4,
+        "mse",
+    )
     assert isinstance(visual.transformer.resblocks[0].attn, nn.MultiheadAttention)
     assert type(visual.transformer.resblocks[1].attn.out_proj) is nn.Linear
 
@@ -105,7 +111,7 @@ def test_mistakes_in_rules_change_nothing(visual: nn.Module, rules: dict, messag
 
 
 def test_options_for_a_quantizer_that_is_null(visual: nn.Module) -> None:
-    with pytest.raises(UserError, match=r"quant\.weight or quant.act is null"):
+    with pytest.raises(UserError, match=r"act sets options, but there is none to change: quant\.act is null"):
         quantize(visual, WEIGHT, None, {"*.c_fc": {"act": {"bits": 4}}})
 
 
@@ -131,3 +137,71 @@ def test_train_mode_and_frozen_parameters_are_kept(build_visual) -> None:
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert sorted(frozen) == ["proj.weight", "transformer.resblocks.0.mlp.c_fc.weight"]
     assert isinstance(model.proj, QuantLinear)
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_every_linear_layer_gets_an_adapter_and_the_rest_is_frozen(visual: nn.Module) -> None:
+    visual.ln_pre.requires_grad_(True)
+    quantize(visual, WEIGHT, ACT, adapter=partial(LoRA, rank=4, alpha=2), patch_conv=True, final_proj=True)
+    layers = quant_layers(visual)
+    assert layers["conv1"].adapter is None
+    for name in ("proj", *NAMES):
+        adapter, layer = layers[name].adapter, layers[name]
+        assert (adapter.in_features, adapter.out_features) == (layer.in_features, layer.out_features)
+        assert (adapter.rank, adapter.alpha) == (4, 2)
+    learned = {name for name, parameter in visual.named_parameters() if parameter.requires_grad}
+    scales = {f"{name}.weight_quantizer.log_step" for name in layers}
+    assert learned == scales | {f"{name}.adapter.{factor}" for name in ("proj", *NAMES) for factor in ("up", "down")}
+
+
+def test_rules_for_adapters(visual: nn.Module) -> None:
+    rules = {
+        "*.0.mlp.c_fc": {"adapter": None},
+        "*.0.mlp.c_proj": {"adapter": {"rank": 2}},
+        "*.0.attn.*": None,
+        "*.1.mlp.*": {"weight": None, "act": None},
+        "*.1.attn.*": {"weight": {"bits": 4}},
+    }
+    quantize(visual, WEIGHT, ACT, rules, adapter=partial(LoRA, rank=4))
+    layers = {name.removeprefix("transformer.resblocks."): layer for name, layer in quant_layers(visual).items()}
+    assert {name: layer.adapter and layer.adapter.rank for name, layer in layers.items()} == {
+        "0.mlp.c_fc": None,
+        "0.mlp.c_proj": 2,
+        "1.attn.in_proj": 4,
+        "1.attn.out_proj": 4,
+        "1.mlp.c_fc": 4,
+        "1.mlp.c_proj": 4,
+    }
+    assert layers["1.mlp.c_fc"].weight_quantizer is None
+    assert not visual.transformer.resblocks[0].attn.in_proj_weight.requires_grad
+
+
+def test_the_width_is_told_to_a_weight_quantizer_that_takes_it(visual: nn.Module) -> None:
+    quantize(visual, partial(LRQAT, bits=4, rank=2), ACT, patch_conv=True)
+    layers = quant_layers(visual)
+    assert layers["conv1"].weight_quantizer.low_rank.down.shape == (2, 3 * 8 * 8)
+    assert layers["transformer.resblocks.0.mlp.c_proj"].weight_quantizer.low_rank.down.shape == (2, 128)
+    learned = [name for name, parameter in visual.named_parameters() if parameter.requires_grad]
+    assert all("weight_quantizer" in name for name in learned)
+    assert len(learned) == 9 * 3
+
+
+@pytest.mark.parametrize(
+    ("rules", "adapter", "message"),
+    [
+        ({"*": {"adapter": None}}, LoRA, "no linear layer gets one"),
+        ({"transformer.*": None}, LoRA, "no linear layer gets one"),
+        ({"*.c_fc": {"adapter": {"rank": 2}}}, None, r"adapter sets options.*quant\.adapter is null"),
+        ({"*.c_fc": {"adapter": {"rnk": 2}}}, LoRA, r"adapter has the option 'rnk'.*did you mean 'rank'"),
+        ({"*.c_fc": {"adaptor": None}}, LoRA, "did you mean 'adapter'"),
+        ({}, partial(LoRA, rank=64), r"quant\.adapter: rank is 64"),
+    ],
+    ids=str,
+)
+def test_mistakes_with_adapters_change_nothing(visual: nn.Module, rules: dict, adapter, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        quantize(visual, WEIGHT, ACT, rules, patch_conv=True, adapter=adapter)
+    assert not quant_layers(visual)
+    assert all(parameter.requires_grad for parameter in visual.parameters())

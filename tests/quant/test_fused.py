@@ -198,12 +198,31 @@ def test_nothing_is_computed_anew_that_no_gradient_needs() -> None:
     layer.weight.requires_grad_(False)
     for quantizer in (layer.act_quantizer, layer.weight_quantizer):
         quantizer.register_forward_hook(lambda module, *_: seen.append(module))  # type: ignore[union-attr]
-    for x, again in ((X, []), (X.clone().requires_grad_(), [layer.act_quantizer, layer.weight_quantizer])):
+    for x, again in ((X, []), (X.clone().requires_grad_(), [layer.act_quantizer])):  # the frozen weight is reused
         y = layer(x)
         seen.clear()
         y.backward(GRAD)
         assert set(seen) == set(again)
         assert len(seen) == len(again)
+
+
+@pytest.mark.parametrize("matmul", ["float", "int8", "bf16"])
+def test_a_frozen_weight_is_reused_bit_for_bit(matmul: str) -> None:
+    layer = layer_of(MinMax, LSQ)
+    layer.weight.requires_grad_(False)
+    layer.matmul = matmul
+    twin = copy.deepcopy(layer)
+    computed(layer, X, GRAD)
+    assert layer._folded is not None
+    for change in (lambda: None, lambda: layer.weight.mul_(0.5), lambda: layer.weight_quantizer.step.mul_(2)):
+        with torch.no_grad():
+            change()
+        layer.zero_grad()
+        twin.load_state_dict(layer.state_dict())
+        twin.unfold()
+        twin.zero_grad()
+        found, right = computed(layer, X, GRAD), computed(twin, X, GRAD)
+        assert all(torch.equal(found[name], value) for name, value in right.items())
 
 
 def test_nothing_is_differentiated_where_nothing_learns() -> None:
@@ -418,6 +437,21 @@ def test_every_quantizer_gets_the_kernels() -> None:
     for kind, expected in (("compiled", kernels.compiled()), ("eager", kernels.EAGER)):
         prepare_training(model, kind, "float")
         assert all(module.kernels is expected for module in model.modules() if isinstance(module, Quantizer))
+
+
+def test_grids_whose_codes_do_not_multiply() -> None:
+    layer = layer_of(LSQ, partial(MinMax, symmetric=False))
+    model = nn.ModuleDict({"first": layer_of(LSQ, LSQ), "second": layer})
+    prepare_training(model, "eager", "float")
+    for matmul in ("int8", "bf16"):
+        with pytest.raises(UserError, match=rf"quant\.matmul={matmul} .*zero points.*quant\.act of second"):
+            prepare_training(model, "eager", matmul)
+        assert model["first"].matmul == "float"
+    layer.act_quantizer, layer.weight_quantizer = MinMax(8, channels=IN, batched=True), None
+    prepare_training(model, "eager", "int8")
+    layer.weight_quantizer = MinMax(8, channels=OUT, batched=False, width=IN, group_size=8)
+    with pytest.raises(UserError, match=r"one scale per sum.*quant\.weight of second"):
+        prepare_training(model, "eager", "int8")
 
 
 def test_products_that_cannot_be_had() -> None:

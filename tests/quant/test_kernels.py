@@ -161,6 +161,37 @@ def test_any_shape_and_layout(get: Any, kind: str, layout: str) -> None:
     assert float(grad_scale) == pytest.approx(right["ds"].sum(), rel=1e-5, abs=1e-6)
 
 
+@each_kind
+@pytest.mark.parametrize("shape", [(6, 1), (50,)], ids=["rows", "columns"])
+def test_ends_of_their_own_for_each_scale(get: Any, kind: str, shape: tuple[int, ...]) -> None:
+    """Zero points z from -8 to 7, by the definition clip(round(x / s) + z, -8, 7) - z."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(6, 50, generator=generator) * 4 for _ in range(2))
+    scale = torch.rand(shape, generator=generator) * 0.5 + 0.1
+    zero = torch.randint(-8, 8, shape, generator=generator, dtype=torch.int32)
+    code = np.rint((x / scale).numpy()) + zero.numpy()
+    kernel, ends = get(kind), (-8 - zero, 7 - zero)
+    rounded = (np.clip(code, -8, 7) - zero.numpy()).astype(np.float32) * scale.numpy()
+    np.testing.assert_array_equal(kernel.fake_quantize(x, scale, *ends), rounded)
+    passed = kernel.straight_through_backward(x, scale, grad, *ends)
+    np.testing.assert_array_equal(passed, np.where((code >= -8) & (code <= 7), grad, np.float32(0)))
+
+
+@pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
+def test_zero_points_compile_anew_a_few_times(get: Any) -> None:
+    """An end of 0 or 1 is compiled for itself, all others together."""
+    torch._dynamo.reset()
+    x, scale = torch.randn(6, 40), torch.tensor(0.21)
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        for zero in range(-128, 128, 17):
+            low, high = -128 - zero, 127 - zero
+            assert torch.equal(
+                get("compiled").fake_quantize(x, scale, low, high), EAGER.fake_quantize(x, scale, low, high)
+            )
+            passed = (kernel.straight_through_backward(x, scale, x, low, high) for kernel in (get("compiled"), EAGER))
+            assert torch.equal(*passed)
+
+
 def test_inputs_are_left_alone() -> None:
     for shape, scale in (((3, 4), torch.tensor(0.3)), ((3, 4), torch.full((3, 1), 0.3))):
         x, grad = torch.randn(shape), torch.randn(shape)

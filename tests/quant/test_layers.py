@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qatlab.quant import LSQ, MinMax, QuantConv2d, QuantLinear, full_precision, quant_layers
+from qatlab.quant import LSQ, MinMax, QuantConv2d, QuantLinear, full_precision, quant_layers, quantize
+from qatlab.quant.layers import freeze_base
+from qatlab.quant.lora import LoRA
 
 
 def linear(per_channel: bool = True) -> QuantLinear:
@@ -70,6 +72,34 @@ def test_the_weight_is_quantized_once_in_eval() -> None:
         layer(X)
         layer(X)
     assert len(calls) == 4
+
+
+def test_in_training_only_a_frozen_weight_is_quantized_once() -> None:
+    layer, calls = linear().train(), []
+    layer.weight_quantizer.register_forward_hook(lambda *_: calls.append(1))
+    for frozen, count in ((), 3), (("weight",), 6), (("log_step",), 9), (("weight", "log_step"), 10):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name.rsplit(".")[-1] not in frozen)
+        for _ in range(3):
+            layer(X)
+        assert len(calls) == count, frozen
+    assert layer.frozen_weight
+    assert torch.equal(layer.quantized_weight(), layer.weight_quantizer(layer.weight))
+    assert not layer.quantized_weight().requires_grad
+
+
+def test_a_weight_folded_in_inference_mode_is_not_kept_for_a_backward() -> None:
+    make = partial(MinMax, 8)
+    layer = QuantConv2d(nn.Conv2d(3, 4, 2), make(channels=4, batched=False), None).eval().requires_grad_(False)
+    layer.weight_quantizer.observe(layer.weight)
+    layer.weight_quantizer.fit()
+    images = torch.randn(2, 3, 4, 4)
+    with torch.inference_mode():
+        right = layer(images)
+    y = layer(images.requires_grad_())
+    y.sum().backward()
+    assert torch.equal(y.detach(), right)
+    assert images.grad.abs().sum() > 0
 
 
 def change_weight(layer: QuantLinear) -> None:
@@ -145,6 +175,30 @@ def test_full_precision_restores_the_quantizers() -> None:
     with pytest.raises(RuntimeError), full_precision(model):
         model(X[..., :3])
     assert (inside.weight_quantizer, inside.act_quantizer) == slots
+
+
+def test_the_adapter_is_added_to_every_kind_of_layer() -> None:
+    lora = LoRA(12, 20)
+    nn.init.normal_(lora.up)
+    layer = QuantLinear(nn.Linear(12, 20), None, None, lora)
+    assert torch.equal(layer(X), F.linear(X, layer.weight, layer.bias) + lora(X))
+    assert sorted(layer.state_dict()) == ["adapter.down", "adapter.up", "bias", "weight"]
+    side = nn.Conv2d(3, 8, 4, bias=False)
+    conv = QuantConv2d(nn.Conv2d(3, 8, 4), None, None, side)
+    images = torch.randn(2, 3, 10, 10)
+    expected = F.conv2d(images, conv.weight, conv.bias) + side(images)
+    assert torch.equal(conv(images), expected)
+
+
+def test_freezing_the_base_leaves_quantizers_and_adapters(visual: nn.Module) -> None:
+    quantize(visual, partial(LSQ, 8), partial(LSQ, 8), {"*.0.*": None})
+    assert all(parameter.requires_grad for parameter in visual.parameters())
+    layer = quant_layers(visual)["transformer.resblocks.1.mlp.c_fc"]
+    layer.adapter = LoRA(layer.in_features, layer.out_features)
+    freeze_base(visual)
+    learned = [name for name, parameter in visual.named_parameters() if parameter.requires_grad]
+    assert len(learned) == 4 * 2 + 2
+    assert all(name.endswith((".log_step", ".adapter.down", ".adapter.up")) for name in learned)
 
 
 def test_under_autocast_the_grid_is_computed_in_float32() -> None:

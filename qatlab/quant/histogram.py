@@ -1,0 +1,136 @@
+"""A histogram of activations that grows with their range, and the percentiles and grids of least squared error read off it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BINS = 2**16
+# A batch is counted in pieces: the bin of every element takes 8 bytes.
+PIECE = 2**22
+
+
+class Histogram:
+    """Counts in BINS equal bins over [-edge, edge], float64, taken batch by batch.
+
+    A value beyond the edge doubles it, which merges bins two by two and so loses no count. Whatever is read from it
+    takes a value as the centre of its bin, off by at most edge / BINS.
+    """
+
+    def __init__(self, edge: float, device: torch.device) -> None:
+        self.edge = edge
+        self.counts = torch.zeros(BINS, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor, absmax: float) -> None:
+        """Count the values of x, of any shape; ``absmax`` is the largest |x| that was seen so far."""
+        while self.edge < absmax:
+            merged = self.counts.view(-1, 2).sum(1)
+            self.counts = torch.zeros_like(self.counts)
+            self.counts[BINS // 4 : 3 * BINS // 4] = merged
+            self.edge *= 2
+        for piece in x.flatten().split(PIECE):
+            # Not torch.histc, whose float32 counts saturate and which is refused on GPUs in deterministic mode.
+            bins = ((piece.float() + self.edge) * (BINS / 2 / self.edge)).long().clamp_(0, BINS - 1)
+            self.counts += torch.bincount(bins, minlength=BINS)
+
+    def percentile(self, percent: float) -> Tensor:
+        """Return the least value that at least ``percent`` % of all |x| do not exceed, float64, shape ()."""
+        folded = self.counts[BINS // 2 :] + self.counts[: BINS // 2].flip(0)
+        return (_reached(folded, percent) + 0.5) * (2 * self.edge / BINS)
+
+    def tails(self, percent: float) -> tuple[Tensor, Tensor]:
+        """Return the values that ``percent`` % of all x are not below and not above, float64, shape ()."""
+        high = _reached(self.counts, percent) + 0.5
+        low = _reached(self.counts.flip(0), percent) + 0.5
+        return self.edge - low * (2 * self.edge / BINS), high * (2 * self.edge / BINS) - self.edge
+
+    def mse_optimal_scale(self, largest: Tensor, qmin: int, qmax: int) -> Tensor:
+        """Return the scale up to ``largest`` of least squared error on a grid without zero point, float64, shape ()."""
+        seen = self.counts > 0
+        counts = self.counts[seen]
+        values = ((seen.nonzero().squeeze(1).double() + 0.5) * (2 / BINS) - 1) * self.edge
+
+        def squared_error(scale: Tensor) -> Tensor:
+            error = torch.div(values, scale).round_().clamp_(qmin, qmax).mul_(scale).sub_(values)
+            return error.square_() @ counts
+
+        return search(squared_error, largest)
+
+    def mse_optimal_grid(self, low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+        """Return the (scale, zero point) of least squared error, float64, shape ().
+
+        Searched are the grids from a * ``low`` <= 0 to b * ``high`` >= 0 for pairs of fractions a and b, then steps and
+        zero points around the best of them.
+        """
+        # The fewer the codes, the more local minima the error has, and the less a grid costs to look at.
+        factor = 1.06 if qmax - qmin < 32 else 1.28
+        powers = torch.arange(math.log(1000, factor), dtype=torch.float64, device=self.counts.device)
+        fractions = factor**-powers
+        lows, highs = (end.flatten() for end in torch.meshgrid(low * fractions, high * fractions, indexing="ij"))
+        scale = ((highs - lows) / (qmax - qmin)).clamp_(min=1e-30)
+        zero = (qmin - lows / scale).round_().clamp_(qmin, qmax)
+        squared_error = self._grid_error(qmin, qmax)
+        shifts = torch.arange(-2.0, 3.0, dtype=torch.float64, device=scale.device)
+        steps = torch.arange(-4.0, 5.0, dtype=torch.float64, device=scale.device)
+        for kept in (16, 4, 1):
+            factor **= 0.2
+            best = squared_error(scale, zero).topk(kept, largest=False).indices
+            scale = (scale[best, None, None] * factor ** steps[:, None]).expand(-1, -1, len(shifts)).flatten()
+            zero = (zero[best, None, None] + shifts).clamp_(qmin, qmax).expand(-1, len(steps), -1).flatten()
+        best = squared_error(scale, zero).argmin()
+        return scale[best], zero[best]
+
+    def _grid_error(self, qmin: int, qmax: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of scales (K,) and zero points (K,) to squared errors (K,), less the sum of x^2.
+
+        The error of all values that share a code q follows from how many they are and from their sum: two running sums
+        and their differences at the borders between codes, instead of a pass over the bins for each grid.
+        """
+        width = 2 * self.edge / BINS
+        centres = (torch.arange(BINS, dtype=torch.float64, device=self.counts.device) + 0.5) * width - self.edge
+        zero = self.counts.new_zeros(1)
+        number = torch.cat([zero, self.counts.cumsum(0)])
+        total = torch.cat([zero, (self.counts * centres).cumsum(0)])
+        codes = torch.arange(qmin, qmax + 1, dtype=torch.float64, device=self.counts.device)
+
+        def error(scale: Tensor, zero_point: Tensor) -> Tensor:
+            values = (codes - zero_point[:, None]) * scale[:, None]
+            borders = values[:, 1:] - scale[:, None] / 2
+            below = ((borders + self.edge) / width - 0.5).ceil_().clamp_(0, BINS).long()
+            ends = (len(scale), 1)
+            below = torch.cat([below.new_zeros(ends), below, below.new_full(ends, BINS)], 1)
+            return (values * (values * number[below].diff(dim=1) - 2 * total[below].diff(dim=1))).sum(1)
+
+        return error
+
+
+def rank(percent: float, elements: float) -> int:
+    """Return which of ``elements`` values in ascending order, counted from 1, is the percentile (the inverted CDF)."""
+    return max(1, math.ceil(percent / 100 * elements))
+
+
+def search(squared_error: Callable[[Tensor], Tensor], largest: Tensor) -> Tensor:
+    """Return the scales, from ``largest`` / 1000 to ``largest``, of least ``squared_error`` (elementwise, same shape).
+
+    A geometric grid finds the valley, since the error has many small local minima; three finer ones go to its bottom.
+    """
+    factor = 1.13
+    largest = largest.clamp(min=1e-30)
+    best, least = largest, squared_error(largest)
+    candidates = [largest * factor**-k for k in range(1, 57)]
+    for _ in range(4):
+        for candidate in candidates:
+            error = squared_error(candidate)
+            best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
+        factor **= 0.2
+        candidates = [best * factor**k for k in (-4, -3, -2, -1, 1, 2, 3, 4)]
+    return best
+
+
+def _reached(counts: Tensor, percent: float) -> Tensor:
+    """The first bin at which the running count has reached ``percent`` % of all."""
+    running = counts.cumsum(0)
+    return torch.searchsorted(running, running.new_tensor(rank(percent, float(running[-1])))).double()
