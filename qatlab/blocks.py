@@ -12,13 +12,20 @@ from qatlab.config import Config
 from qatlab.errors import UserError, nearest
 from qatlab.mistakes import fits, named
 
-_GIVEN = {"quant.weight": ("channels", "batched", "width"), "quant.act": ("channels", "batched")}  # by qatlab.quant.quantize
+# What qatlab itself gives to what is built.
+_GIVEN = {
+    "quant.weight": ("channels", "batched", "width"),
+    "quant.act": ("channels", "batched"),
+    "quant.rewrite": ("weight", "act"),
+    "quant.adapter": ("in_features", "out_features"),
+}
 
 
 def check_blocks(config: Config) -> None:
     """Raise UserError for a block that names nothing importable, or an option that what it names does not take."""
     callbacks = {f"callbacks.{name}": block for name, block in config.callbacks.items()}
-    optional = {"quant.weight": config.quant.weight, "quant.act": config.quant.act, **callbacks}
+    quant = {f"quant.{slot}": getattr(config.quant, slot) for slot in ("weight", "act", "rewrite", "adapter", "plan")}
+    optional = {**quant, **callbacks}
     for key, block in {"data": config.data, **optional}.items():
         if block is not None or key not in optional:
             _check(key, block)

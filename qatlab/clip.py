@@ -53,7 +53,7 @@ def load(config: ModelConfig, from_scratch: bool = False) -> Clip:
     Raises UserError for an unknown architecture or tag, weights that cannot be downloaded, a checkpoint that does not fit,
     and a checkpoint whose activation function nobody tells.
     """
-    model, preprocess, tokenizer = _tiny() if config.name == "tiny" else _architecture(config, from_scratch)
+    model, preprocess, tokenizer = untrained(config, from_scratch)
     both_towers = True
     if not from_scratch:
         path = config.checkpoint or (_tiny_weights() if config.name == "tiny" else _download(config))
@@ -70,6 +70,14 @@ def load(config: ModelConfig, from_scratch: bool = False) -> Clip:
     }
     scale = float(model.logit_scale.detach().exp()) if both_towers else DEFAULT_LOGIT_SCALE
     return Clip(model.visual, model if both_towers else None, tokenizer, preprocess, scale, table, facts)
+
+
+def untrained(config: ModelConfig, from_scratch: bool = True) -> tuple[Any, Preprocess, Tokenizer]:
+    """Return the open_clip model of ``config`` with random weights, its preprocessing and its tokenizer.
+
+    ``from_scratch`` false says that a checkpoint follows: raises UserError when nobody tells its activation function.
+    """
+    return _tiny() if config.name == "tiny" else _architecture(config, from_scratch)
 
 
 def text_table_for(visual: nn.Module, spec: str) -> TextTable:

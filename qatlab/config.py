@@ -83,6 +83,14 @@ class QuantConfig:
     """Weight quantizer, a _target_ block; choices in quant/weight=."""
     act: Any = None
     """Activation quantizer, a _target_ block; choices in quant/act=."""
+    rewrite: Any = None
+    """Exact change of the full-precision encoder before it is quantized, a _target_ block; choices in quant/rewrite=."""
+    adapter: Any = None
+    """Trained term beside every frozen layer, a _target_ block; choices in quant/adapter=."""
+    plan: Any = None
+    """Chooses the bits of every layer, a _target_ block; choices in quant/plan=."""
+    tower: str = "visual"
+    """visual | text | both: the text tower is calibrated on the captions and not trained, rewritten or adapted."""
     rules: dict[str, Any] = field(default_factory=dict)
     """Exceptions by layer name pattern, first match wins: null skips a layer, {act: null} or {weight: {bits: 4}} changes it."""
     patch_conv: bool = False
@@ -215,6 +223,9 @@ class Config:
             {"optim": "default"},
             {"quant/weight": "minmax"},
             {"quant/act": "minmax"},
+            {"quant/rewrite": None},
+            {"quant/adapter": None},
+            {"quant/plan": None},
             {"recipe": None},
             {"sweep": None},
             {"override hydra/job_logging": "none"},
@@ -260,7 +271,14 @@ def recipe_files(folder: str = "", own: Path | None = None) -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
-GROUPS = ["model", "data", "suite", "trainer", "optim", "quant/weight", "quant/act"]
+GROUPS = [
+    "model",
+    "data",
+    "suite",
+    "trainer",
+    "optim",
+    *(f"quant/{slot}" for slot in ("weight", "act", "rewrite", "adapter", "plan")),
+]
 
 
 def register() -> None:

@@ -255,7 +255,8 @@ class Student(L.LightningModule):
     def _groups(self) -> list[dict[str, Any]]:
         quantizers = [module for module in self.visual.modules() if isinstance(module, Quantizer)]
         # A dict, because a set has another order in every process, and AdamW's state is restored by position.
-        scales = dict.fromkeys(parameter for quantizer in quantizers for parameter in quantizer.parameters())
+        # Of a quantizer's own: the factors of a low-rank adapter inside one are trained as weights are.
+        scales = dict.fromkeys(p for quantizer in quantizers for p in quantizer.parameters(recurse=False))
         trained = self.both_towers if self.both_towers is not None else self.visual
         rest = [p for p in trained.parameters() if p.requires_grad and p not in scales]
         decayed = [p for p in rest if p.ndim >= 2]

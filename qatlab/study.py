@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import polars as pl
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qatlab import clip as clips
@@ -31,32 +30,24 @@ from qatlab.evaluation import View
 from qatlab.faults import Faults
 from qatlab.module import Student
 from qatlab.objectives import teacher_probabilities
-from qatlab.quant import calibrate, kernels, layer_report, quantize, verify
+from qatlab.quant import kernels
 from qatlab.quant.layers import prepare_training
+from qatlab.quantized import (
+    QUANTIZED,
+    TEXT,
+    TRAINED,
+    is_quantized,
+    method,
+    quantized_copy,
+    quantized_text,
+    save_quantized,
+)
+from qatlab.quantizing import REPORT_SAMPLES, average_bits, quantize_towers
 from qatlab.results import Run, unfinished_beside
 from qatlab.stopping import StopSignals
 from qatlab.trainer import build_trainer, quiet
 from qatlab.training import train
 from qatlab.zeroshot import encode_text
-
-QUANTIZED, TRAINED = "quantized.safetensors", "model.safetensors"
-REPORT_IMAGES = 16  # images that layers.csv and the count of distinct values are measured on
-
-
-def is_quantized(config: QuantConfig) -> bool:
-    """Return whether anything is rounded at all."""
-    return config.weight is not None or config.act is not None
-
-
-def quantized_copy(visual: nn.Module, config: QuantConfig) -> nn.Module:
-    """Return a copy of ``visual`` with the quantizers of ``config`` in place, scales not yet filled."""
-    slots = {
-        name: block and instantiate(block, _partial_=True)
-        for name, block in (("weight", config.weight), ("act", config.act))
-    }
-    return quantize(
-        copy.deepcopy(visual), slots["weight"], slots["act"], config.rules, config.patch_conv, config.final_proj
-    )
 
 
 class Study:
@@ -84,21 +75,26 @@ class Study:
         # What is missing from the data ends the run here, not after the scoring; a finished run needs none of it.
         if config.fit.steps and not (run.folder / TRAINED).exists():
             self.data.prepare()
-        if is_quantized(config.quant) and not (run.folder / QUANTIZED).exists():
-            self.captioned()
+        self.fitted = config.quant  # with the bits that a plan chose, once it has
+        self.unwritten: dict[str, nn.Module] = {}  # towers fitted in this process, by the file they go to
+        self.drift: dict[str, Any] = {}
+        self._check_towers()
         scoring = {name: block for name, block in config.callbacks.items() if name != "temperature"}
         scoring["precision"] = config.trainer.precision
         self.suite = build_suite(config.suite, self.clip, scoring, cache_text=not config.fit.from_scratch)
         probing = config.fit.steps and config.fit.eval_every and not (run.folder / TRAINED).exists()
         self.probe = self.suite.probe(config.suite.probe_sets, config.suite.probe_images) if probing else None
         bank = getattr(self.data, "text_bank", None)
-        # Built before anything is scored: a rule, a bit-width or kernels that do not fit end the run here.
-        self.student = quantized_copy(self.clip.visual, config.quant) if is_quantized(config.quant) else None
+        self.scored_clip = self.clip  # with the quantized text tower, once there is one
         visual = self.clip.visual
+        # Built before anything is scored: a rule, a bit-width or kernels that do not fit end the run here.
+        built = quantized_copy(visual, config.quant) if is_quantized(config.quant, "visual") else None
+        if is_quantized(config.quant, "text"):
+            quantized_text(self.clip.model, config.quant)
         if config.fit.steps:
-            prepare_training(self.student or visual, "eager", config.quant.matmul)
+            prepare_training(built or visual, "eager", config.quant.matmul)
             kernels.choose(config.quant.kernels, self.trainer.strategy.root_device, elements=0)
-        if config.fit.steps and not config.fit.from_scratch and self.student is None:
+        if config.fit.steps and not config.fit.from_scratch and built is None:
             visual = copy.deepcopy(visual)  # the one in self.clip stays as it is: the teacher
         self.module = Student(
             config, self.clip, visual, clips.text_table_for(self.clip.visual, bank).features if bank else None
@@ -143,16 +139,32 @@ class Study:
                 "data.text_bank=FILE.safetensors:TABLE, or set callbacks.temperature=null."
             )
 
+    def _check_towers(self) -> None:
+        """Raise UserError for a text tower to quantize that is not there, and for calibration data that is missing."""
+        config, folder = self.config, self.run.folder
+        files = {name for name, tower in ((QUANTIZED, "visual"), (TEXT, "text")) if is_quantized(config.quant, tower)}
+        if TEXT in files and self.clip.model is None:
+            raise UserError(
+                f"quant.tower={config.quant.tower} needs a text tower, and this checkpoint has only the image tower: set "
+                "quant.tower=visual."
+            )
+        if files == {TEXT} and config.fit.steps:
+            raise UserError("quant.tower=text leaves nothing to train: set fit.steps=0, or quant.tower=both.")
+        if any(not (folder / name).exists() for name in files):
+            self.captioned()
+
     def facts(self, stage: str) -> dict[str, Any]:
         """Return what every row of ``stage`` says besides its numbers."""
-        quant = self.config.quant if stage != "fp32" else QuantConfig()
-        method = [str(block["_target_"]).rsplit(".", 1)[-1] for block in (quant.weight, quant.act) if block]
+        quant = self.fitted if stage != "fp32" else QuantConfig()
+        planned = quant.plan is not None and average_bits(self.module.visual)
         return {
             "recipe": self.recipe,
             **self.clip.facts,
-            "method": "+".join(method) or "fp32",
-            "weight_bits": quant.weight and quant.weight.get("bits"),
+            "method": method(quant) or "fp32",
+            "tower": quant.tower if method(quant) else None,
+            "weight_bits": planned or (quant.weight and quant.weight.get("bits")),
             "act_bits": quant.act and quant.act.get("bits"),
+            **(self.drift if stage != "fp32" else {}),
             "objective": str(self.module.objective)
             if self.module.objective and stage not in ("fp32", "quantized")
             else None,
@@ -177,7 +189,12 @@ class Study:
 
     def require_finished(self) -> None:
         """Raise UserError when the run folder lacks a model that its options promise: scoring is not where one is made."""
-        needed = {QUANTIZED: is_quantized(self.config.quant), TRAINED: self.config.fit.steps > 0}
+        quant = self.config.quant
+        needed = {
+            QUANTIZED: is_quantized(quant, "visual"),
+            TEXT: is_quantized(quant, "text"),
+            TRAINED: self.config.fit.steps > 0,
+        }
         for name, wanted in needed.items():
             if wanted and not (self.run.folder / name).exists():
                 raise UserError(
@@ -186,6 +203,10 @@ class Study:
                 )
 
     # -- stages ------------------------------------------------------------------------------------------------------
+
+    def quantize(self) -> None:
+        """Put the quantized towers in place, calibrated or read back."""
+        quantize_towers(self)
 
     def score(self, views: list[View], step: int) -> None:
         """Embed the sets whose rows some view still lacks, once, and store a row per evaluation and view."""
@@ -213,25 +234,6 @@ class Study:
         self.progress["batches"] = sum(len(loader) for loader in loaders)
         self.trainer.validate(module, dataloaders=loaders, verbose=False)
 
-    def quantize(self) -> None:
-        """Put the quantized copy in place, its scales calibrated or read back; writes layers.csv and checks every quantizer."""
-        student = self.student
-        assert student is not None
-        stored = self.run.folder / QUANTIZED
-        if stored.exists():
-            student.load_state_dict(load_file(stored))
-        else:
-            self.say(f"calibrating on {self.config.quant.calibration_images} images of {self.data.name}")
-            device = self.trainer.strategy.root_device
-            images = self.clip.preprocess.normalize(self.captioned().images[: self.config.quant.calibration_images])
-            calibrate(student.to(device), (chunk.to(device) for chunk in images.split(self.config.suite.batch_size)))
-            few = images[:REPORT_IMAGES].to(device)
-            report = layer_report(student, few)
-            verify(student, few)
-            self.write("layers.csv", lambda path: pl.DataFrame(report, infer_schema_length=None).write_csv(path))
-            self.write(QUANTIZED, lambda path: save_file(_tensors(student), path))
-        self.module.visual = student
-
     def train(self) -> None:
         """Train the student, or read back what an earlier process trained; resumes from its last checkpoint."""
         stored = self.run.folder / TRAINED
@@ -244,7 +246,7 @@ class Study:
             self.training_skipped = train(self)
             # The weights come last: once they are there the stage counts as finished.
             self.state(logit_scale=self.module.logit_scale)
-            self.write(TRAINED, lambda path: save_file(_tensors(trained), path))
+            self.write(TRAINED, lambda path: save_quantized(trained, path, self.config.model, self.fitted))
         if self.trainer.is_global_zero:
             shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)  # they held what is now the model
 
@@ -278,7 +280,7 @@ class Study:
             return temperature.fit(current)
         captioned = self.captioned()
         self.say(f"refitting the temperature on {len(captioned.images)} images of {self.data.name}, no labels")
-        texts = encode_text(self.clip, captioned.captions) if self.module.bank is None else self.module.bank
+        texts = encode_text(self.scored_clip, captioned.captions) if self.module.bank is None else self.module.bank
         student, teacher = (
             self._features(captioned.images, visual) for visual in (self.module.visual, self.clip.visual)
         )
@@ -313,7 +315,7 @@ class Study:
 
     def few_images(self) -> Tensor:
         """Return the normalised images (n, 3, S, S) that layers are reported on."""
-        return self.clip.preprocess.normalize(self.captioned().images[:REPORT_IMAGES])
+        return self.clip.preprocess.normalize(self.captioned().images[:REPORT_SAMPLES])
 
     def loaders(self, suite: Suite) -> list[Any]:
         """Return this rank's loaders of the sets of ``suite``."""
@@ -353,7 +355,3 @@ class Study:
         """Print ``line`` on rank zero."""
         if self.trainer.is_global_zero:
             print(line, flush=True)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}

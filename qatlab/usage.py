@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from qatlab.config import GROUPS, Config, default_callbacks, recipe_files
 from qatlab.errors import QUOTED_SHARDS
 
-_BLOCK_GROUPS = ["data", "quant/weight", "quant/act"]
+_BLOCK_GROUPS = ["data", *(group for group in GROUPS if group.startswith("quant/"))]
 
 
 def help_text(program: str, own: Path | None = None, needs_recipe: bool = True) -> str:

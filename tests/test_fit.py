@@ -30,8 +30,8 @@ from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet, write_caption_shards
 from qatlab.errors import UserError
 from qatlab.evaluate import evaluate
 from qatlab.fit import fit
+from qatlab.quantized import quantized_copy
 from qatlab.results import Run
-from qatlab.study import quantized_copy
 from qatlab.zeroshot import class_features, encode_text
 
 Options = Callable[..., Config]

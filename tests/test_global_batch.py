@@ -21,7 +21,7 @@ from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet
 from qatlab.globalbatch import in_batch_step, parts_of, summed_step
 from qatlab.module import Student
 from qatlab.quant import LSQ, calibrate
-from qatlab.study import quantized_copy
+from qatlab.quantized import quantized_copy
 
 IMAGES = 32
 # What is minimised, and whether a batch's images are compared with each other's captions.

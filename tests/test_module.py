@@ -22,7 +22,7 @@ from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet
 from qatlab.errors import UserError
 from qatlab.module import MAX_LEARNED_SCALE, Student
 from qatlab.quant import LSQ, Quantizer, calibrate
-from qatlab.study import quantized_copy
+from qatlab.quantized import quantized_copy
 from qatlab.zeroshot import class_features
 
 Options = Callable[..., Config]

@@ -20,9 +20,9 @@ from qatlab.errors import UserError
 from qatlab.memory import SHARE, saved_bytes
 from qatlab.module import Student
 from qatlab.quant import calibrate, kernels
+from qatlab.quantized import quantized_copy
 from qatlab.results import Run
 from qatlab.settle import settle
-from qatlab.study import quantized_copy
 
 Options = Callable[..., Config]
 PLENTY = 10**15

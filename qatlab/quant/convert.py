@@ -72,9 +72,7 @@ def quantize(
     Raises UserError, before anything is changed, for a pattern that matches no layer, an unknown option, a model
     without layers or already quantized, an attention that cannot be replaced, and an adapter that no layer gets.
     """
-    sites = list(_sites(model, "", patch_conv))
-    if final_proj:
-        sites.append(_final_projection(model))
+    sites = _all_sites(model, patch_conv, final_proj)
     names = [name for site in sites for name in site.layers]
     if not names:
         raise UserError(
@@ -101,6 +99,15 @@ def quantize(
     if any(isinstance(module, LowRank) for layer in layers for module in layer.modules()) or adapter is not None:
         freeze_base(model)
     return model
+
+
+def layer_names(model: nn.Module, patch_conv: bool = False, final_proj: bool = False) -> list[str]:
+    """Return the names of the layers that ``quantize`` would swap, in the model's order."""
+    return [name for site in _all_sites(model, patch_conv, final_proj) for name in site.layers]
+
+
+def _all_sites(model: nn.Module, patch_conv: bool, final_proj: bool) -> list[_Site]:
+    return [*_sites(model, "", patch_conv), *([_final_projection(model)] if final_proj else [])]
 
 
 def _quantized(

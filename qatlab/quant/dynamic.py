@@ -17,7 +17,7 @@ class DynamicMinMax(Quantizer):
     """Returns activations (..., channels) with each token, a vector of ``channels`` values, on its own grid.
 
     The scale is the token's absmax / (2^(b-1) - 1), or, not ``symmetric``, (max - min) / (2^b - 1) with a zero point
-    and 0 on the grid (the per-token grids of ZeroQuant, Yao 2022, arXiv 2206.01861). Nothing is calibrated or stored.
+    and 0 on the grid (a grid per token: ZeroQuant, Yao et al. 2022, arXiv 2206.01861). Nothing is calibrated or stored.
     The gradient to x is straight-through where the code is not clipped; the scale counts as a constant.
 
     Raises UserError for weights, and in the forward for an input that does not end in its channels.

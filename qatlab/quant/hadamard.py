@@ -20,7 +20,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
 
     The transform is its own inverse. Shape and dtype are those of x, float16 to float64, and it is computed in that
     dtype, under autocast too; the gradient is the transform of the gradient, and nothing is kept for it. Raises
-    UserError when d is not a power of two. (Fino and Algazi 1976; for quantization: Ashkboos et al. 2024, "QuaRot".)
+    UserError when d is not a power of two. (Fino and Algazi 1976; for quantization: Ashkboos et al. 2024.)
     """
     width = x.shape[-1]
     if width < 1 or width & (width - 1):
@@ -35,7 +35,8 @@ class RandomHadamard(nn.Module):
 
     With p the largest power of two <= width, R is: random signs and a Walsh-Hadamard transform of the first p features,
     then random signs and a transform of the last p. The two windows overlap, so every feature passes at least one, and
-    where width = p every feature passes both (Yang et al. 2025, "RaanA", its PiecewiseHadamard; unseeded there).
+    where width = p every feature passes both (Yang et al. 2025, arXiv 2504.03717, "RaanA": PiecewiseHadamard in the
+    authors' code, unseeded there).
     A function of ``width`` and ``seed`` alone, in every dtype and on every device; nothing is learned. A linear layer
     W R^T on R x equals W on x: ``R(W)``, on the rows of W, is that weight.
 

@@ -46,7 +46,7 @@ def lsq_backward(x: Tensor, scale: Tensor, grad: Tensor, qmin: int, qmax: int) -
     """Return LSQ's gradients to x and, before LSQ's constant factor, to ``scale``; ``grad`` is that of the output.
 
     With v = x / s strictly inside (qmin, qmax): dx = grad and ds = round(v) - v; else dx = 0 and ds = qmin or qmax
-    (Esser 2020, equation 3).
+    (Esser 2020, arXiv 1902.08153).
     """
     v = torch.div(widened(x), scale)
     grad = grad.to(v.dtype)

@@ -31,7 +31,7 @@ class _LearnedStep(torch.autograd.Function):
 
 
 class LSQ(Quantizer):
-    """Returns x on a grid whose step s is learned (Esser 2020, arXiv 1902.08153, equations 1 to 5).
+    """Returns x on a grid whose step s is learned (Esser 2020, arXiv 1902.08153).
 
     With v = x / s: the output is round(clip(v, qmin, qmax)) * s. Strictly inside the range the gradient to x passes and
     ds = round(v) - v; at and beyond its ends dx = 0, ds = qmin or qmax. ds is multiplied by 1 / sqrt(N * qmax), where

@@ -40,7 +40,7 @@ class _LearnedGrid(torch.autograd.Function):
 
 
 class LSQPlus(LSQ):
-    """Returns activations on a grid with learned step s and offset beta (Bhalgat 2020, arXiv 2004.09576, equations 2 to 6).
+    """Returns activations on a grid with learned step s and offset beta (Bhalgat 2020, arXiv 2004.09576).
 
     With v = (x - beta) / s: the output is round(clip(v, qmin, qmax)) * s + beta. Strictly inside the range the gradient
     to x passes, ds = round(v) - v and dbeta = 0; at and beyond its ends dx = 0, ds = qmin or qmax, dbeta = 1. ds and

@@ -8,7 +8,7 @@ from torch import Tensor
 from qatlab.errors import UserError
 from qatlab.quant.histogram import Histogram, rank, search
 
-# Of the running means of a batch's ends; that of the paper's authors.
+# Of the running means of a batch's ends, as in the published quantizer of the first author of arXiv 2509.21173.
 MOMENTUM = 0.1
 
 

@@ -49,7 +49,7 @@ class Rotation:
     """Returns an open_clip image tower, rewritten in place: the same outputs, but no outliers in what layers read.
 
     Random Hadamard rotations R, decided by ``seed``, are multiplied into the weights on both sides of where they act
-    (Ashkboos et al. 2024, "QuaRot", section 4):
+    (Ashkboos et al. 2024, "QuaRot", arXiv 2404.00456):
 
     * ``residual``: the residual stream. ln_1's and ln_2's weight and bias go into in_proj and c_fc, which leaves
       RMSNorm; out_proj, c_proj and the end of ln_pre write R (x - mean) in place of x; ln_post reads it rotated back.
@@ -75,6 +75,10 @@ class Rotation:
     def __post_init__(self) -> None:
         if not (self.residual or self.mlp or self.heads):
             raise UserError("residual, mlp and heads of a rotation are all false: set one to true, or leave it out.")
+
+    def prepare(self, visual: nn.Module) -> nn.Module:
+        """Return ``visual`` in the form that a rewritten state dict loads into: rotated, since that needs no data."""
+        return self(visual)
 
     @torch.no_grad()
     def __call__(self, visual: nn.Module, batches: Iterable[Tensor] = ()) -> nn.Module:

@@ -29,10 +29,10 @@ class SmoothQuant:
     """Rewrites the blocks of an open_clip VisionTransformer; its outputs stay the same, to float rounding.
 
     Every input channel j of a linear layer is divided by s_j = max|X_j|^alpha / max|W_:,j|^(1 - alpha), and column j of
-    its weight is multiplied by it (Xiao et al. 2023, eq. 4). X is the layer's input over the calibration images, W the
-    weight as it was; both maxima are at least 1e-5. The division goes into ln_1 for in_proj (one s for queries, keys and
-    values), into ln_2 for c_fc, into the rows of V in in_proj for out_proj (attention is linear in V), and for c_proj,
-    whose activation function no scale can pass, into a multiplication ``mlp.smooth`` before it.
+    its weight is multiplied by it (Xiao et al. 2023, arXiv 2211.10438). X is the layer's input over the calibration
+    images, W the weight as it was; both maxima are at least 1e-5. The division goes into ln_1 for in_proj (one s for
+    queries, keys and values), into ln_2 for c_fc, into the rows of V in in_proj for out_proj (attention is linear in V),
+    and for c_proj, whose activation function no scale can pass, into a multiplication ``mlp.smooth`` before it.
 
     ``alpha`` is a number from 0 (only weights count) to 1 (only activations), "search", or a mapping of those from the
     groups in_proj, out_proj, c_fc and c_proj; a group that is None or missing is left as it is. "search" takes for each

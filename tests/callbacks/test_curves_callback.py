@@ -23,9 +23,10 @@ from qatlab.evaluation import View
 from qatlab.loggers import merge_curves
 from qatlab.quant import LSQ, layer_report
 from qatlab.quant.layers import quant_layers
+from qatlab.quantized import quantized_copy
 from qatlab.results import Run
 from qatlab.stopping import StopSignals
-from qatlab.study import Study, quantized_copy
+from qatlab.study import Study
 
 Options = Callable[..., Config]
 KINDS = ("in_proj", "out_proj", "c_fc", "c_proj")

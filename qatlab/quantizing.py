@@ -1,0 +1,123 @@
+"""The quantizing stage of a run: the towers calibrated, or read back, every quantizer checked, what they lose written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from torch import Tensor, nn
+
+from qatlab.config import QuantConfig
+from qatlab.quant import calibrate, layer_report, quant_layers, verify
+from qatlab.quantized import (
+    QUANTIZED,
+    TEXT,
+    fitted_copy,
+    is_quantized,
+    quantized_copy,
+    quantized_text,
+    read_quantized,
+    save_quantized,
+)
+from qatlab.text import class_drift
+from qatlab.zeroshot import class_features
+
+if TYPE_CHECKING:
+    from qatlab.study import Study
+
+REPORT_SAMPLES = 16  # samples that layers.csv and the count of distinct values are measured on
+
+
+def quantize_towers(study: Study) -> None:
+    """Put the quantized towers in place of those of ``study``; writes layers.csv, and class_drift.csv of a text tower."""
+    config, run = study.config.quant, study.run
+    report: list[dict[str, Any]] = []
+    if is_quantized(config, "visual"):
+        if (stored := run.folder / QUANTIZED).exists():
+            tensors, about = read_quantized(stored)
+            study.fitted = QuantConfig(**about["quant"])
+            study.module.visual = quantized_copy(study.clip.visual, study.fitted)
+            study.module.visual.load_state_dict(tensors)
+        else:
+            report += _fit_image_tower(study)
+    if is_quantized(config, "text"):
+        _quantize_text_tower(study, report)
+    if report:
+        study.write("layers.csv", lambda path: pl.DataFrame(report, infer_schema_length=None).write_csv(path))
+    # Last: once the towers are stored the stage is finished.
+    for name, tower in study.unwritten.items():
+        study.write(name, lambda path, tower=tower: save_quantized(tower, path, study.config.model, study.fitted))
+    study.unwritten.clear()
+
+
+def _fit_image_tower(study: Study) -> list[dict[str, Any]]:
+    config, device = study.config.quant, study.trainer.strategy.root_device
+    study.say(f"calibrating on {config.calibration_images} images of {study.data.name}")
+    images = study.clip.preprocess.normalize(study.captioned().images[: config.calibration_images])
+
+    def batches() -> Any:
+        return (chunk.to(device) for chunk in images.split(study.config.suite.batch_size))
+
+    student, study.fitted = fitted_copy(study.clip.visual.to(device), config, batches)
+    if config.plan is not None:
+        study.say(f"  {planned_bits(student)}")
+    study.module.visual = study.unwritten[QUANTIZED] = student
+    return _report(student, images[:REPORT_SAMPLES].to(device))
+
+
+def _quantize_text_tower(study: Study, report: list[dict[str, Any]]) -> None:
+    assert study.clip.model is not None
+    assert study.clip.tokenizer is not None
+    device, tower = study.trainer.strategy.root_device, quantized_text(study.clip.model, study.config.quant)
+    if (stored := study.run.folder / TEXT).exists():
+        tower.load_state_dict(read_quantized(stored)[0])
+    else:
+        captions = study.captioned().captions[: study.config.quant.calibration_images]
+        study.say(f"calibrating the text tower on {len(captions)} captions of {study.data.name}")
+        tokens = study.clip.tokenizer(captions).to(device)
+        calibrate(tower.to(device), tokens.split(study.config.suite.batch_size))
+        report += _report(tower, tokens[:REPORT_SAMPLES])
+        study.unwritten[TEXT] = tower
+    study.scored_clip = replace(study.clip, model=tower.text.to(device).eval())
+    _move_classes(study)
+
+
+def _move_classes(study: Study) -> None:
+    """Score against the quantized tower's class embeddings from here on; their drift is written, and told."""
+    templates = study.config.suite.templates
+    drift = {}
+    for reference, head in study.suite.classes.items():
+        moved = class_features(study.scored_clip, head.names, templates, cache=False)
+        drift[reference] = class_drift(head, moved).with_columns(pl.lit(reference).alias("reference"))
+        study.module.classes = {**study.module.classes, reference: moved}
+    table = pl.concat(drift.values())
+    study.write("class_drift.csv", lambda path: table.write_csv(path))
+    study.drift = {"class_cosine_mean": table["cosine"].mean(), "class_cosine_min": table["cosine"].min()}
+    least = table.sort("cosine").row(0, named=True)
+    study.say(
+        f"  class embeddings: cosine to those of the full-precision text tower {table['cosine'].mean():.4f} on average, "
+        f"least {least['cosine']:.4f} ({least['class']})"
+    )
+
+
+def _report(model: nn.Module, few: Tensor) -> list[dict[str, Any]]:
+    verify(model, few)
+    return layer_report(model, few)
+
+
+def planned_bits(model: nn.Module) -> str:
+    """Return a line on the bits of the weights: "bits of the weights: 4 in 30 layers, 8 in 18; 4.61 on average"."""
+    quantizers = [layer.weight_quantizer for layer in quant_layers(model).values() if layer.weight_quantizer]
+    counts = Counter(quantizer.bits for quantizer in quantizers)
+    shown = ", ".join(f"{bits} in {count}" for bits, count in sorted(counts.items()))
+    return f"bits of the weights: {shown} layers; {average_bits(model):.2f} on average"
+
+
+def average_bits(model: nn.Module) -> float:
+    """Return the mean number of bits per quantized weight."""
+    layers = [layer for layer in quant_layers(model).values() if layer.weight_quantizer is not None]
+    sizes = [layer.weight.numel() for layer in layers]
+    bits = [layer.weight_quantizer.bits for layer in layers if layer.weight_quantizer is not None]
+    return sum(size * b for size, b in zip(sizes, bits, strict=True)) / sum(sizes)
