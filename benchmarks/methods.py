@@ -40,13 +40,13 @@ from torch import Tensor, nn
 from qatlab.memory import saved_bytes
 from qatlab.quant import LSQ, DynamicMinMax, LSQPlus, MinMax, calibrate, quant_layers, quantize
 from qatlab.quant.allocate import bit_rules
-from qatlab.quant.layers import prepare_training
 from qatlab.quant.lora import LoRA
 from qatlab.quant.lr_qat import LRQAT
 from qatlab.quant.raana import RaanA
 from qatlab.quant.rotation import Rotation
 from qatlab.quant.sensitivity import gradient_sensitivities
 from qatlab.quant.smoothquant import SmoothQuant
+from qatlab.quant.trainable import prepare_training
 
 BATCH = 16
 CALIBRATION, EVAL, KEPT, PEAK = 1.50, 1.30, 1.05, 1.10

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from qatlab.memory import saved_bytes
 from qatlab.quant import LSQ, calibrate, quantize
-from qatlab.quant.layers import prepare_training
+from qatlab.quant.trainable import prepare_training
 
 # name: (kernels, products, target of the time ratio)
 VARIANTS = {

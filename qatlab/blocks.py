@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from hydra.utils import get_object
 
-from qatlab.config import Config
+from qatlab.config import QUANT_SLOTS, Config
 from qatlab.errors import UserError, nearest
 from qatlab.mistakes import fits, named
 
@@ -24,7 +24,7 @@ _GIVEN = {
 def check_blocks(config: Config) -> None:
     """Raise UserError for a block that names nothing importable, or an option that what it names does not take."""
     callbacks = {f"callbacks.{name}": block for name, block in config.callbacks.items()}
-    quant = {f"quant.{slot}": getattr(config.quant, slot) for slot in ("weight", "act", "rewrite", "adapter", "plan")}
+    quant = {f"quant.{slot}": getattr(config.quant, slot) for slot in QUANT_SLOTS}
     optional = {**quant, **callbacks}
     for key, block in {"data": config.data, **optional}.items():
         if block is not None or key not in optional:

@@ -98,7 +98,9 @@ class QuantConfig:
     final_proj: bool = False
     """Quantize the final projection too."""
     calibration_images: int = 64
-    """Images of the caption data that set the activation scales: the first ones, in shard order."""
+    """Images of the caption data that set the activation scales."""
+    calibration_seed: int | None = None
+    """Draw those images from all shards with this seed; null takes the first ones, in shard order."""
     kernels: str = "auto"
     """How rounding is computed: eager | compiled (by torch.compile, half a minute) | auto (compiled on CUDA and in long runs)."""
     matmul: str = "float"
@@ -271,14 +273,8 @@ def recipe_files(folder: str = "", own: Path | None = None) -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
-GROUPS = [
-    "model",
-    "data",
-    "suite",
-    "trainer",
-    "optim",
-    *(f"quant/{slot}" for slot in ("weight", "act", "rewrite", "adapter", "plan")),
-]
+QUANT_SLOTS = ("weight", "act", "rewrite", "adapter", "plan")
+GROUPS = ["model", "data", "suite", "trainer", "optim", *(f"quant/{slot}" for slot in QUANT_SLOTS)]
 
 
 def register() -> None:
@@ -314,6 +310,7 @@ _SMALLEST = {
     "trainer.devices": 1,
     "trainer.num_nodes": 1,
     "seed": 0,
+    "quant.calibration_seed": 0,
     "suite.images": 1,
     "suite.probe_images": 1,
     "suite.batch_size": 1,

@@ -19,7 +19,7 @@ from qatlab.globalbatch import gathered, in_batch_step, parts_of, summed_step
 from qatlab.objectives import Features, Objective
 from qatlab.phases import phase
 from qatlab.quant import Quantizer
-from qatlab.quant.layers import prepare_training
+from qatlab.quant.trainable import prepare_training
 from qatlab.rows import BatchRows
 from qatlab.settle import Settled, settle
 from qatlab.zeroshot import Classes, class_features

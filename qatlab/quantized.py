@@ -16,14 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qatlab.clip import untrained
-from qatlab.config import ModelConfig, QuantConfig
+from qatlab.config import QUANT_SLOTS, ModelConfig, QuantConfig
 from qatlab.errors import UserError, nearest
 from qatlab.quant import calibrate, quantize
 from qatlab.text import TextTower, of_text
 
 QUANTIZED, TRAINED, TEXT = "quantized.safetensors", "model.safetensors", "text.safetensors"
 TOWERS = ("visual", "text", "both")
-_SLOTS = ("rewrite", "weight", "act", "adapter", "plan")
 _ENTRY = "qatlab"  # the metadata of a file that says how the module around its tensors is built
 _UNTOLD = ("_target_", "bits", "seed", "log_scale")  # what a method's name leaves out
 
@@ -41,7 +40,7 @@ def is_quantized(config: QuantConfig, tower: str = "both") -> bool:
 
 def method(config: QuantConfig) -> str:
     """Return what the results call the method: "weight=RaanA act=MinMax(symmetric=False)", options that are no defaults shown."""
-    return " ".join(f"{slot}={_named(block)}" for slot in _SLOTS if (block := getattr(config, slot)))
+    return " ".join(f"{slot}={_named(block)}" for slot in QUANT_SLOTS if (block := getattr(config, slot)))
 
 
 def quantized_copy(visual: nn.Module, config: QuantConfig) -> nn.Module:
@@ -94,8 +93,8 @@ def load_quantized(path: str | Path) -> nn.Module:
 
     ``path`` is a run folder (its trained model, else its quantized one) or one of its files model.safetensors,
     quantized.safetensors and text.safetensors. An image encoder maps normalised images (B, 3, S, S) to features (B, D)
-    of any length, a text encoder tokens (B, L). Nothing else is read: neither config.yaml nor the weights that the run started from.
-    Raises UserError for a file that is missing, damaged, or was not quantized by qatlab.
+    of any length, a text encoder tokens (B, L). Nothing else is read: neither config.yaml nor the weights that the run
+    started from. Raises UserError for a file that is missing, damaged, or was not quantized by qatlab.
     """
     path = Path(path)
     if path.is_dir():

@@ -94,11 +94,12 @@ def _move_classes(study: Study) -> None:
         study.module.classes = {**study.module.classes, reference: moved}
     table = pl.concat(drift.values())
     study.write("class_drift.csv", lambda path: table.write_csv(path))
-    study.drift = {"class_cosine_mean": table["cosine"].mean(), "class_cosine_min": table["cosine"].min()}
-    least = table.sort("cosine").row(0, named=True)
+    cosines: list[float] = table["cosine"].to_list()
+    study.drift = {"class_cosine_mean": sum(cosines) / len(cosines), "class_cosine_min": min(cosines)}
     study.say(
-        f"  class embeddings: cosine to those of the full-precision text tower {table['cosine'].mean():.4f} on average, "
-        f"least {least['cosine']:.4f} ({least['class']})"
+        "  class embeddings: cosine to those of the full-precision text tower "
+        f"{study.drift['class_cosine_mean']:.4f} on average, least {min(cosines):.4f} "
+        f"({table['class'][cosines.index(min(cosines))]})"
     )
 
 

@@ -31,7 +31,7 @@ from qatlab.faults import Faults
 from qatlab.module import Student
 from qatlab.objectives import teacher_probabilities
 from qatlab.quant import kernels
-from qatlab.quant.layers import prepare_training
+from qatlab.quant.trainable import prepare_training
 from qatlab.quantized import (
     QUANTIZED,
     TEXT,
@@ -89,7 +89,7 @@ class Study:
         visual = self.clip.visual
         # Built before anything is scored: a rule, a bit-width or kernels that do not fit end the run here.
         built = quantized_copy(visual, config.quant) if is_quantized(config.quant, "visual") else None
-        if is_quantized(config.quant, "text"):
+        if self.clip.model is not None and is_quantized(config.quant, "text"):
             quantized_text(self.clip.model, config.quant)
         if config.fit.steps:
             prepare_training(built or visual, "eager", config.quant.matmul)
@@ -303,14 +303,19 @@ class Study:
         )
 
     def captioned(self) -> Captioned:
-        """Return the first caption samples: what calibration sees."""
+        """Return the caption samples that calibration sees."""
         if self._captioned is None:
             images = self.config.quant.calibration_images
             if images < 1:
                 raise UserError(
                     f"quant.calibration_images={images}: activation scales need at least one image (64 is usual)."
                 )
-            self._captioned = self.data.first(images, self.clip.preprocess)
+            drawn, preprocess = self.config.quant.calibration_seed, self.clip.preprocess
+            self._captioned = (
+                self.data.first(images, preprocess)
+                if drawn is None
+                else self.data.batch(0, images, 0, 1, preprocess, drawn)
+            )
         return self._captioned
 
     def few_images(self) -> Tensor:

@@ -20,7 +20,8 @@ from qatlab.clip import load
 from qatlab.config import ModelConfig
 from qatlab.memory import SHARE, free_bytes, largest_micro_batch, saved_bytes
 from qatlab.quant import LSQ, calibrate, kernels, quantize
-from qatlab.quant.layers import QuantLinear, prepare_training
+from qatlab.quant.layers import QuantLinear
+from qatlab.quant.trainable import prepare_training
 
 CPU = torch.device("cpu")
 FLOAT = 4  # bytes

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from qatlab.errors import UserError, nearest
 from qatlab.quant.attention import Make, QuantAttention, QuantOpenClipAttention, linear_of
-from qatlab.quant.layers import QuantConv2d, QuantLayer, QuantLinear, QuantProjection, freeze_base, quant_layers
+from qatlab.quant.layers import QuantConv2d, QuantLayer, QuantLinear, QuantProjection, quant_layers
 from qatlab.quant.lora import LowRank
 from qatlab.quant.quantizer import Quantizer
+from qatlab.quant.trainable import freeze_base
 
 # A quantizer class, or a functools.partial of one, called with channels= and batched=.
 Factory = Callable[..., Quantizer]

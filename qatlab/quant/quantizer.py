@@ -18,8 +18,8 @@ __all__ = ["SMALLEST_SCALE", "Quantizer", "Statistics"]
 class Quantizer(nn.Module):
     """Maps a tensor to its fake-quantized twin on the signed grid s * ({-2^(b-1), ..., 2^(b-1) - 1} - z).
 
-    ``bits`` b is 2 to 8; the zero point z is 0 unless a subclass has one. ``channels`` is the weight's output or the
-    activation's input width. ``batched`` says that dimension 0 is the batch (activations). ``per_channel`` gives one
+    ``bits`` b is ``smallest_bits`` to 8; the zero point z is 0 unless a subclass has one. ``channels`` is the weight's
+    output or the activation's input width. ``batched`` says that dimension 0 is the batch (activations). ``per_channel`` gives one
     scale per channel: for weights, seen as (channels, -1), of shape (channels, 1); for the last dimension of
     activations, where ``activation_channels`` allows it, of shape (channels,). Otherwise there is one scale, shape ().
 
@@ -29,15 +29,18 @@ class Quantizer(nn.Module):
     most 2^b distinct values; exact integer arithmetic takes ``codes`` and multiplies by the scale after the product.
 
     A subclass writes ``scale``, ``store_scale``, ``initial_scale`` and ``fake_quantize``. Raises UserError for bits
-    outside 2 to 8 and for ``per_channel`` activations of a subclass without ``activation_channels``.
+    outside ``smallest_bits`` to 8 and for ``per_channel`` activations of a subclass without ``activation_channels``.
     """
 
     activation_channels = False
+    smallest_bits = 2
 
     def __init__(self, bits: int, *, channels: int, batched: bool, per_channel: bool = False) -> None:
         super().__init__()
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-            raise UserError(f"bits is {bits!r}: a quantizer takes a whole number from 2 to 8.")
+        if isinstance(bits, bool) or not isinstance(bits, int) or not self.smallest_bits <= bits <= 8:
+            raise UserError(
+                f"bits is {bits!r}: {type(self).__name__} takes a whole number from {self.smallest_bits} to 8."
+            )
         if per_channel and batched and not self.activation_channels:
             raise UserError(
                 f"per_channel is true, but {type(self).__name__} has one scale per tensor of activations: set it for "

@@ -37,6 +37,7 @@ class RaanA(Quantizer):
     Raises UserError for bits, kept or rescale out of range, for activations, and for a weight of another shape.
     """
 
+    smallest_bits = 1
     levels: Tensor
     step: Tensor
     mean: Tensor
@@ -55,9 +56,9 @@ class RaanA(Quantizer):
         centralize: bool = True,
         kept: float = 0.003,
     ) -> None:
-        _check(bits, batched, rescale, kept)
-        super().__init__(max(bits, 2), channels=channels, batched=False, per_channel=True)
-        self.bits, self.width = bits, width
+        _check(batched, rescale, kept)
+        super().__init__(bits, channels=channels, batched=False, per_channel=True)
+        self.width = width
         self.qmin, self.qmax = 0, 2**bits - 1
         self.rescale, self.centralize, self.kept = rescale, centralize, kept
         self.rotation = RandomHadamard(width, seed)
@@ -161,11 +162,9 @@ class _Constant(torch.autograd.Function):
         return None, None
 
 
-def _check(bits: Any, batched: bool, rescale: str, kept: float) -> None:
+def _check(batched: bool, rescale: str, kept: float) -> None:
     if batched:
         raise UserError("RaanA quantizes weights and no activations: choose another quant/act=, such as minmax.")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise UserError(f"bits is {bits!r}: RaanA takes a whole number from 1 to 8.")
     if rescale not in RESCALES:
         raise UserError(f"rescale is {rescale!r}: expected {' or '.join(RESCALES)}{nearest(str(rescale), RESCALES)}.")
     if not 0 <= kept < 1:

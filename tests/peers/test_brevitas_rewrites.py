@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from importlib.util import spec_from_file_location
-
 import open_clip
 import pytest
 import torch
@@ -13,11 +10,12 @@ from torch import nn
 from qatlab.quant.hadamard import walsh_hadamard
 from qatlab.quant.smoothquant import SmoothQuant
 
-pytestmark = pytest.mark.peers
 pytest.importorskip("brevitas", reason="Brevitas is not installed: the extra 'peers', in an environment of its own")
 
-from brevitas.graph.equalize import EqualizedModule, activation_equalization_mode
+from brevitas.graph.equalize import activation_equalization_mode
 from brevitas.graph.hadamard import get_hadK, matmul_hadU
+
+pytestmark = pytest.mark.peers
 
 
 def visual() -> nn.Module:
@@ -26,7 +24,7 @@ def visual() -> nn.Module:
     text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
     tower = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).visual.eval()
     with torch.no_grad():  # norms and biases that a trained model has
-        for name, parameter in tower.named_parameters():
+        for parameter in tower.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return tower

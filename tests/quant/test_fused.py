@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from qatlab.errors import UserError
 from qatlab.quant import LSQ, MinMax, QuantConv2d, Quantizer, QuantLinear, calibrate, kernels, quantize, verify
-from qatlab.quant.layers import prepare_training, quant_layers
+from qatlab.quant.layers import quant_layers
+from qatlab.quant.trainable import prepare_training
 
 NO_COMPILER = kernels._missing_compiler(torch.device("cpu"))
 compiles = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))

@@ -16,7 +16,7 @@ from torch import Tensor
 from qatlab.errors import UserError
 from qatlab.quant import LSQ, calibrate, kernels, quantize, verify
 from qatlab.quant.kernels import EAGER, LONG_RUN, Kernels, choose
-from qatlab.quant.layers import prepare_training
+from qatlab.quant.trainable import prepare_training
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_COMPILER = kernels._missing_compiler(CPU)

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from qatlab.quant import LSQ, MinMax, QuantConv2d, QuantLinear, full_precision, quant_layers, quantize
-from qatlab.quant.layers import freeze_base
 from qatlab.quant.lora import LoRA
+from qatlab.quant.trainable import freeze_base
 
 
 def linear(per_channel: bool = True) -> QuantLinear:

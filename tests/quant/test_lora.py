@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qatlab.errors import UserError
 from qatlab.memory import saved_bytes
 from qatlab.quant import LSQ, MinMax, QuantLinear, calibrate, full_precision, quant_layers, quantize, verify
-from qatlab.quant.layers import prepare_training
 from qatlab.quant.lora import LoRA
+from qatlab.quant.trainable import prepare_training
 
 WEIGHT, ACT = partial(MinMax, 8, per_channel=True), partial(MinMax, 8)
 X = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(1))

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from qatlab.errors import UserError
 from qatlab.memory import saved_bytes
 from qatlab.quant import LSQ, MinMax, QuantConv2d, QuantLinear, calibrate, quant_layers, quantize, verify
-from qatlab.quant.layers import prepare_training
 from qatlab.quant.lora import LoRA
 from qatlab.quant.lr_qat import LRQAT, merge
+from qatlab.quant.trainable import prepare_training
 
 IN, OUT = 24, 20
 WEIGHT, ACT = partial(LRQAT, 4, rank=4), partial(LSQ, 8)

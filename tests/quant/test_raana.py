@@ -12,9 +12,10 @@ from torch import nn
 
 from qatlab.errors import UserError
 from qatlab.quant import MinMax, calibrate, layer_report, quant_layers, quantize
-from qatlab.quant.layers import QuantLinear, prepare_training
+from qatlab.quant.layers import QuantLinear
 from qatlab.quant.raana import RaanA
 from qatlab.quant.rabitq import best_scales, rabitq_levels
+from qatlab.quant.trainable import prepare_training
 
 CHANNELS, WIDTH = 32, 48
 
