@@ -7,7 +7,7 @@ python benchmarks/methods.py [--model ViT-B-16] [--methods absmax,mse,lsq_pc] [-
   eval      a forward with folded weights over that of the full-precision model
   step      forward and backward without the optimizer over those of the full-precision model, all of its weights trained
   kept      bytes kept for the backward, over those of the full-precision model
-  peaks     what resident memory rises by at most, in calibration over that of a forward, and in a step over that of a step
+  peaks     what resident memory rises by at most: in calibration (calib^) over a forward, in a step (step^) over a step
 
 Times are process CPU times; a method and the full-precision model, with the same attention, take turns, and a ratio is
 the median over the rounds. Peaks come from a process of their own. Weights are random, with norms spread as trained ones
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import logging
 import os
@@ -28,108 +27,19 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import open_clip
 import torch
+from method_table import A8, METHODS, W8, Method
 from qat_step import Clock, gflops, step_of
 from torch import Tensor, nn
 
 from qatlab.memory import saved_bytes
-from qatlab.quant import LSQ, DynamicMinMax, LSQPlus, MinMax, calibrate, quant_layers, quantize
-from qatlab.quant.allocate import bit_rules
-from qatlab.quant.lora import LoRA
-from qatlab.quant.lr_qat import LRQAT
-from qatlab.quant.raana import RaanA
-from qatlab.quant.rotation import Rotation
-from qatlab.quant.sensitivity import gradient_sensitivities
-from qatlab.quant.smoothquant import SmoothQuant
+from qatlab.quant import quant_layers, quantize
 from qatlab.quant.trainable import prepare_training
 
 BATCH = 16
 CALIBRATION, EVAL, KEPT, PEAK = 1.50, 1.30, 1.05, 1.10
-LSQ_STEP = {"compiled": 1.20, "eager": 1.45}
-
-Make = Callable[[nn.Module, list[Tensor]], nn.Module]
-Times = list[float]
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a full-precision tower and batches of images become a calibrated model, and what that is to cost."""
-
-    make: Make
-    passes: int = 1
-    trained: bool = False
-    step: float | dict[str, float] | None = None  # the target, or one for each choice of kernels
-
-
-def plain(weight: Any, act: Any, rewrite: Any = None, **options: Any) -> Make:
-    """Rewrite the tower where the method does, quantize it and calibrate it."""
-
-    def make(visual: nn.Module, batches: list[Tensor]) -> nn.Module:
-        visual = visual if rewrite is None else rewrite(visual, batches)
-        model = quantize(visual, weight, act, **options)
-        calibrate(model, batches)
-        return model
-
-    return make
-
-
-def mixed_precision(visual: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """2 to 8 bits per layer, 6 on average, by the gradient's sensitivities."""
-    shared = {id(parameter): parameter for parameter in visual.parameters()}
-    model = quantize(copy.deepcopy(visual, shared), W8, A8)
-    costs = {
-        name: {bits: cost * 2.0**-bits for bits in range(2, 9)}
-        for name, cost in gradient_sensitivities(model, batches).items()
-    }
-    sizes = {name: layer.weight.numel() for name, layer in quant_layers(model).items()}
-    return plain(W8, A8, rules=bit_rules(costs, sizes, 6))(visual, batches)
-
-
-def observed(**options: Any) -> Make:
-    """Static activations, and weights by absmax per output channel."""
-    return plain(W8, partial(MinMax, bits=8, **options))
-
-
-def weights(weight: Any, **options: Any) -> Make:
-    """Activations by absmax per tensor."""
-    return plain(partial(weight, bits=8, **options), A8)
-
-
-W8, A8 = partial(MinMax, bits=8, per_channel=True), partial(MinMax, bits=8)
-LSQ_W, LSQ_PC, LSQ_A = partial(LSQ, bits=8), partial(LSQ, bits=8, per_channel=True), partial(LSQ, bits=8)
-LR_QAT = partial(LRQAT, bits=8, per_channel=True)
-METHODS = {
-    "absmax": Method(observed(), trained=True),
-    "ema": Method(observed(observer="ema")),
-    "percentile": Method(observed(observer="percentile")),
-    "mse": Method(observed(observer="mse")),
-    "asymmetric": Method(observed(symmetric=False)),
-    "asym_mse": Method(observed(symmetric=False, observer="mse")),
-    "act_channel": Method(observed(per_channel=True)),
-    "per_token": Method(plain(W8, partial(DynamicMinMax, bits=8))),
-    "token_asym": Method(plain(W8, partial(DynamicMinMax, bits=8, symmetric=False))),
-    "w_tensor": Method(weights(MinMax)),
-    "w_group64": Method(weights(MinMax, group_size=64)),
-    "w_percentile": Method(weights(MinMax, per_channel=True, observer="percentile")),
-    "w_mse": Method(weights(MinMax, per_channel=True, observer="mse")),
-    "raana_w8": Method(weights(RaanA)),
-    "raana_w4": Method(plain(partial(RaanA, bits=4), A8)),
-    "smooth_0.5": Method(plain(W8, A8, SmoothQuant(0.5)), 2),
-    "smooth_search": Method(plain(W8, A8, SmoothQuant("search", W8, A8)), 2),
-    "rotation_lsq": Method(plain(LSQ_PC, LSQ_A, Rotation()), trained=True),
-    "mixed": Method(mixed_precision, 4),
-    "lsq": Method(plain(LSQ_W, LSQ_A), trained=True, step=LSQ_STEP),
-    "lsq_pc": Method(plain(LSQ_PC, LSQ_A), trained=True, step=LSQ_STEP),
-    "lsq_plus": Method(plain(LSQ_PC, partial(LSQPlus, bits=8)), trained=True),
-    "lora": Method(plain(W8, A8, adapter=LoRA), trained=True, step=0.90),
-    "lora_lsq": Method(plain(W8, LSQ_A, adapter=LoRA), trained=True, step=0.90),
-    "lr_qat": Method(plain(LR_QAT, LSQ_A), trained=True, step=1.25),
-}
 
 
 def tower(name: str) -> nn.Module:
@@ -174,32 +84,31 @@ class Bench:
         self.visual = tower(options.model)
         self.reference = full_precision(self.visual)
 
-    def calibrated(self, method: Method) -> tuple[nn.Module, Times]:
-        """A model and the ratios of the times it took to make it."""
-        ratios, forward = [], evaluate(self.reference.eval(), self.batches)
-        for _ in range(self.options.rounds):
-            made: list[nn.Module] = []
-            visual = copy.deepcopy(self.visual)
-            full = self.clock.time(forward)
-            seconds = self.clock.time(lambda visual=visual, made=made: made.append(method.make(visual, self.batches)))
-            ratios.append(seconds / (method.passes * full))
-        return made[0], ratios
+    def make(self, method: Method, batches: list[Tensor], made: list[nn.Module]) -> Callable[[], None]:
+        """What puts a calibrated model into ``made``; the copy of the tower it is made from is there before."""
+        visual = copy.deepcopy(self.visual)
+        return lambda: made.append(method.make(visual, batches))
 
-    def versus(self, ours: Callable[[], None], theirs: Callable[[], None]) -> Times:
+    def step(self, model: nn.Module) -> Callable[[], None]:
+        return step_of(model.train(), self.batches[0], "32-true")
+
+    def versus(self, ours: Callable[[], None], theirs: Callable[[], None]) -> list[float]:
         """The ratios of their times over the rounds, after they have compiled and folded what they do."""
         for run in (ours, ours, theirs):
             run()
         return [self.clock.time(ours) / self.clock.time(theirs) for _ in range(self.options.rounds)]
 
-    def step(self, model: nn.Module) -> Callable[[], None]:
-        return step_of(model.train(), self.batches[0], "32-true")
-
-    def row(self, method: Method) -> dict[str, Times]:
-        """The ratios of the method by column, those of the peaks left out."""
-        model, calib = self.calibrated(method)
-        batch = self.batches[:1]
-        columns = {"calib": calib}
-        columns["eval"] = self.versus(evaluate(model.eval(), batch), evaluate(self.reference.eval(), batch))
+    def row(self, method: Method) -> dict[str, list[float]]:
+        """The ratios of a method by column, without the peaks."""
+        made: list[nn.Module] = []
+        columns: dict[str, list[float]] = {"calib": []}
+        forward, batch = evaluate(self.reference.eval(), self.batches), self.batches[:1]
+        for _ in range(self.options.rounds):
+            made.clear()
+            make = self.make(method, self.batches, made)
+            columns["calib"].append(self.clock.time(make) / (method.passes * self.clock.time(forward)))
+        model = made[0]
+        columns["eval"] = self.versus(evaluate(model.eval(), batch), evaluate(self.reference, batch))
         if method.trained:
             prepare_training(model, self.options.kernels, "float")
             columns["step"] = self.versus(self.step(model), self.step(self.reference))
@@ -207,30 +116,23 @@ class Bench:
         return columns
 
     def peaks(self) -> dict[str, list[int]]:
-        """By method the bytes that memory rises by in calibration and in a step, and in a forward and a step of "fp32"."""
-        batches = self.batches[:2]  # the more images, the same peak
-        found = {}
-        for name in ("fp32", *self.options.methods):
-            visual, held = copy.deepcopy(self.visual), []
-            if name == "fp32":
-                forward = evaluate(self.reference.eval(), batches)
-                forward()
-                rises = [self.clock.peak(forward)]
-                held.append(self.reference)
-            else:
-                make = METHODS[name].make
-                rises = [
-                    self.clock.peak(lambda visual=visual, held=held, make=make: held.append(make(visual, batches)))
-                ]
-            if name == "fp32" or METHODS[name].trained:
-                prepare_training(held[0], self.options.kernels, "float")
-                step = self.step(held[0])
-                step()
-                rises.append(int(statistics.median(self.clock.peak(step) for _ in range(3))))
-            found[name] = rises
-            del visual, held
-            gc.collect()
+        """The bytes that memory rises by in calibration and a step of each method, and in a forward and a step of "fp32"."""
+        batches = self.batches[:2]  # more images make no higher peak
+        forward = evaluate(self.reference.eval(), batches)
+        forward()
+        found = {"fp32": [self.clock.peak(forward), self._step_peak(self.reference)]}
+        for name in self.options.methods:
+            made: list[nn.Module] = []
+            found[name] = [self.clock.peak(self.make(METHODS[name], batches, made))]
+            if METHODS[name].trained:
+                prepare_training(made[0], self.options.kernels, "float")
+                found[name].append(self._step_peak(made[0]))
         return found
+
+    def _step_peak(self, model: nn.Module) -> int:
+        step = self.step(model)
+        step()
+        return self.clock.peak(step)
 
 
 def kept(model: nn.Module, images: Tensor) -> int:
@@ -246,35 +148,47 @@ def peaks_apart() -> dict[str, list[int]]:
 
 def targets(method: Method, options: argparse.Namespace) -> dict[str, float]:
     """The most that a column is to show."""
-    most = {"eval": EVAL}
-    if options.model == "ViT-B-16" and options.images == 64:
-        most["calib"] = CALIBRATION
-    if method.trained:
-        most |= {"kept": KEPT, "step peak": PEAK}
+    on_b16 = {"calib": CALIBRATION} if (options.model, options.images) == ("ViT-B-16", 64) else {}
     step = method.step[options.kernels] if isinstance(method.step, dict) else method.step
-    return most if step is None else {**most, "step": step}
+    learned = {"step": step, "kept": KEPT, "step^": PEAK} if method.trained else {}
+    return {column: most for column, most in {**on_b16, "eval": EVAL, **learned}.items() if most is not None}
 
 
-def line(name: str, columns: dict[str, Times], options: argparse.Namespace) -> str:
-    most = targets(METHODS[name], options)
-    cells = [f"{name:14}{METHODS[name].passes:3}"]
-    for column, width in COLUMNS.items():
-        ratios = columns.get(column)
+def line(name: str, columns: dict[str, list[float]], options: argparse.Namespace) -> str:
+    cells = [f"{name:14}{METHODS[name].passes:2}"]
+    for column, width in WIDTHS.items():
+        ratios = columns.get(column, [])
         middle = f"{statistics.median(ratios):.2f}" if ratios else "-"
-        extent = f" [{min(ratios):.2f}-{max(ratios):.2f}]" if ratios and len(ratios) > 1 else ""
+        extent = f" [{min(ratios):.2f}-{max(ratios):.2f}]" if len(ratios) > 1 else ""
         cells.append(f"{middle + extent:>{width}}")
-    missed = [c for c, limit in most.items() if statistics.median(columns[c]) > limit]
-    aims = ", ".join(f"{column} {most[column]:.2f}" for column in COLUMNS if column in most)
-    return "".join(cells) + f"   {aims}" + (f"   MISSED: {', '.join(missed)}" if missed else "")
+    most = targets(METHODS[name], options)
+    missed = [column for column in most if statistics.median(columns[column]) > most[column]]
+    aims = ", ".join(f"{column} {most[column]:.2f}" for column in most)
+    return "".join(cells) + f"   {aims}" + f"   MISSED: {', '.join(missed)}" * bool(missed)
 
 
-COLUMNS = {"calib": 19, "eval": 18, "step": 18, "kept": 7, "calib peak": 12, "step peak": 11}
+def header(bench: Bench, peak: list[int]) -> str:
+    options, batches = bench.options, bench.batches
+    step = bench.step(bench.reference)
+    step()
+    seconds = bench.clock.time(step), bench.clock.time(evaluate(bench.reference.eval(), batches))
+    sizes = [kept(bench.reference, batches[0]) / 2**20, *(rise / 2**20 for rise in peak)]
+    return (
+        f"{options.model}, batch {BATCH}, {options.threads} threads, {options.kernels} kernels, "
+        f"{gflops(torch.device('cpu')):.0f} GFLOP/s in float32 products\n"
+        f"full precision: {seconds[0]:.2f} s a step, {seconds[1]:.2f} s a pass over {options.images} images, "
+        f"{sizes[0]:.0f} MiB kept, peaks of {sizes[1]:.0f} MiB in a forward and {sizes[2]:.0f} MiB in a step\n"
+        f"{'':10}passes{''.join(f'{column:>{width}}' for column, width in WIDTHS.items())}   targets"
+    )
+
+
+WIDTHS = {"calib": 18, "eval": 18, "step": 18, "kept": 6, "calib^": 8, "step^": 7}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32", help="an open_clip architecture with a vision transformer")
-    parser.add_argument("--images", type=int, default=64, help="of the calibration; a forward or step has 16")
+    parser.add_argument("--images", type=int, default=64, help="of the calibration; a forward or a step has 16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--methods", default=",".join(METHODS), help="some of " + ", ".join(METHODS))
     parser.add_argument("--threads", type=int, default=1)
@@ -289,31 +203,18 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    peak = {} if options.peaks else peaks_apart()
-    bench = Bench(options)
     if options.peaks:
-        print(json.dumps(bench.peaks()))
+        print(json.dumps(Bench(options).peaks()))
         return
-    forward, step = evaluate(bench.reference.eval(), bench.batches), bench.step(bench.reference)
-    print(
-        f"{options.model}, {options.images} images, batch {BATCH}, {options.threads} threads, {options.kernels} kernels"
-    )
-    print(f"{gflops(torch.device('cpu')):.0f} GFLOP/s in float32 products; full precision: ", end="")
-    step()
-    print(
-        f"{bench.clock.time(step):.2f} s a step, {kept(bench.reference, bench.batches[0]) / 2**20:.0f} MiB kept, ",
-        end="",
-    )
-    bench.reference.eval()
-    print(f"{bench.clock.time(forward):.2f} s a pass over the images, peaks of ", end="")
-    print(" and ".join(f"{rise / 2**20:.0f}" for rise in peak["fp32"]) + " MiB in a forward and a step")
-    print(f"{'method':10} passes" + "".join(f"{column:>{width}}" for column, width in COLUMNS.items()) + "   targets")
+    peak = peaks_apart()
+    bench = Bench(options)
+    print(header(bench, peak["fp32"]))
     for name in options.methods:
         columns = bench.row(METHODS[name])
-        for column, rise, full in zip(("calib peak", "step peak"), peak[name], peak["fp32"], strict=False):
-            columns[column] = [rise / full]
+        columns |= {
+            c: [ours / full] for c, ours, full in zip(["calib^", "step^"], peak[name], peak["fp32"], strict=False)
+        }
         print(line(name, columns, options), flush=True)
-        gc.collect()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from qatlab.clip import untrained
 from qatlab.config import QUANT_SLOTS, ModelConfig, QuantConfig
 from qatlab.errors import UserError, nearest
 from qatlab.quant import calibrate, quantize
-from qatlab.text import TextTower, of_text
+from qatlab.text import TextTower, of_image, of_text
 
 QUANTIZED, TRAINED, TEXT = "quantized.safetensors", "model.safetensors", "text.safetensors"
 TOWERS = ("visual", "text", "both")
@@ -48,7 +48,7 @@ def quantized_copy(visual: nn.Module, config: QuantConfig) -> nn.Module:
     model = copy.deepcopy(visual)
     if config.rewrite is not None:
         model = _rewrite(config).prepare(model)
-    return _converted(model, config, config.rules)
+    return _converted(model, config, of_image(config))
 
 
 def fitted_copy(
@@ -64,18 +64,27 @@ def fitted_copy(
         model = _rewrite(config)(model, batches())
     if config.plan is not None:
         make = lambda rules, **slots: _converted(copy.deepcopy(model), replace(config, **slots), rules)  # noqa: E731
-        planned = instantiate(config.plan)(make, config.rules, batches)
+        planned = instantiate(config.plan)(make, of_image(config), batches)
         config = replace(config, rules={**config.rules, **planned})
-    model = _converted(model, config, config.rules)
+    model = _converted(model, config, of_image(config))
     calibrate(model, batches())
     return model, config
 
 
 def quantized_text(model: nn.Module, config: QuantConfig) -> TextTower:
-    """Return a copy of the text tower of the open_clip ``model`` with quantizers, scales not yet filled."""
+    """Return a copy of the text tower of the open_clip ``model`` with quantizers, scales not yet filled.
+
+    Raises UserError for options of the image tower where that is not quantized.
+    """
+    for slot in ("rewrite", "adapter", "plan"):
+        if config.tower == "text" and getattr(config, slot):
+            raise UserError(
+                f"quant.{slot} is for the image tower, which quant.tower=text leaves as it is: set quant.{slot}=null, or "
+                "quant.tower=both."
+            )
     tower = TextTower(model)
     weight, act = (_factory(block) for block in (config.weight, config.act))
-    quantize(tower, weight, act, of_text(tower, config.rules))
+    quantize(tower, weight, act, of_text(tower, config))
     return tower
 
 
@@ -101,6 +110,8 @@ def load_quantized(path: str | Path) -> nn.Module:
         path = next((path / name for name in (TRAINED, QUANTIZED, TEXT) if (path / name).exists()), path / QUANTIZED)
     tensors, about = read_quantized(path)
     config = QuantConfig(**about["quant"])
+    if not is_quantized(config):
+        raise UserError(f"{path} was trained in full precision: load it as the weights of a run, model.checkpoint={path}.")
     clip, _, _ = untrained(ModelConfig(**about["model"]))
     module = quantized_text(clip, config) if about["tower"] == "text" else quantized_copy(clip.visual, config)
     module.load_state_dict(tensors)

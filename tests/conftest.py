@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,15 @@ def shared_data() -> Path:
     return folder
 
 
+@lru_cache
+def trains(recipe: str) -> bool:
+    """Whether the recipe trains anything by itself."""
+    return compose(f"recipe={recipe}").fit.steps > 0
+
+
 def options(recipe: str, *overrides: str) -> Config:
     """The options of a run that takes seconds."""
-    base = [*SMALL, *(TRAINING if recipe not in ("fp32", "ptq") else [])]
+    base = [*SMALL, *(TRAINING if trains(recipe) else [])]
     if recipe == "pretrain_tiny":
         base = [option for option in base if not option.startswith(("data.samples", "fit.unique"))]
     # Hydra refuses an option given twice; the later one counts here

@@ -37,27 +37,19 @@ from qatlab.zeroshot import class_features, encode_text
 Options = Callable[..., Config]
 Fit = Callable[..., Run]
 
-STAGES = {"fp32": ["fp32"], "ptq": ["fp32", "quantized"], "pretrain_tiny": ["trained"]}
+STAGES = {
+    "fp32": ["fp32"],
+    "pretrain_tiny": ["trained"],
+    **dict.fromkeys(("mixed_precision", "ptq", "raana", "smoothquant", "weight_only"), ["fp32", "quantized"]),
+}
 ADAPTED = ["fp32", "quantized", "adapted"]
 SCORES = ["msp", "energy", "max_logit", "mcm"]
 # What a row of the suite of conftest is about: (dataset, score)
 ROWS = {("id", "zero_shot"), ("noise", "zero_shot"), *(("near_ood", score) for score in SCORES)}
 KEYS = {
-    *("run_id", "stage", "step", "recipe", "model", "pretrained", "weights", "activation", "method", "weight_bits"),
-    *(
-        "act_bits",
-        "objective",
-        "data",
-        "dataset",
-        "role",
-        "reference",
-        "definition",
-        "score",
-        "prompts",
-        "n",
-        "metrics",
-    ),
-    *("logit_scale", "seed", "config", "versions", "commit"),
+    *("run_id", "stage", "step", "recipe", "model", "pretrained", "weights", "activation", "method", "tower"),
+    *("weight_bits", "act_bits", "objective", "data", "dataset", "role", "reference", "definition", "score", "prompts"),
+    *("n", "metrics", "logit_scale", "seed", "config", "versions", "commit"),
 }
 
 
@@ -119,7 +111,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_recipe_runs_and_stores_its_rows(runs: Callable[[str], Done], recipe: str) -> None:
     done = runs(recipe)
     stages = STAGES.get(recipe, ADAPTED)
-    steps = 0 if recipe in ("fp32", "ptq") else 2
+    steps = 0 if stages[-1] in ("fp32", "quantized") else 2
     rows = done.rows
     for stage in [*stages, "temperature"]:
         at = [row for row in rows if row["stage"] == stage]
@@ -191,7 +183,8 @@ def test_what_was_done_is_said_and_tabled(runs: Callable[[str], Done]) -> None:
 def test_rows_say_what_was_trained_on_what(runs: Callable[[str], Done]) -> None:
     done = runs("light_qat_distill")
     found = {stage: done.of(stage) for stage in (*ADAPTED, "temperature")}
-    assert [row["method"] for row in found.values()] == ["fp32", "LSQ+LSQ", "LSQ+LSQ", "LSQ+LSQ"]
+    assert [row["method"] for row in found.values()] == ["fp32", *["weight=LSQ(per_channel) act=LSQ"] * 3]
+    assert [row["tower"] for row in found.values()] == [None, *["visual"] * 3]
     assert [row["weight_bits"] for row in found.values()] == [None, 8, 8, 8]
     assert [row["objective"] for row in found.values()] == [None, None, *["0.5 contrastive + 0.5 kl"] * 2]
     assert {row["data"] for row in found.values()} == {"embedded"}

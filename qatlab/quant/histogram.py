@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -108,8 +109,11 @@ class Histogram:
 
 
 def rank(percent: float, elements: float) -> int:
-    """Return which of ``elements`` values in ascending order, counted from 1, is the percentile (the inverted CDF)."""
-    return max(1, math.ceil(percent / 100 * elements))
+    """Return which of ``elements`` values in ascending order, counted from 1, is the percentile (the inverted CDF).
+
+    ``percent`` counts as the decimal it is written as: 99.9 % of 1000 values is the 999th, which no float gives.
+    """
+    return max(1, math.ceil(Fraction(str(percent)) * int(elements) / 100))
 
 
 def search(squared_error: Callable[[Tensor], Tensor], largest: Tensor) -> Tensor:

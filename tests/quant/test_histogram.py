@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qatlab.quant.histogram import BINS
+from qatlab.quant.histogram import BINS, rank
 from qatlab.quant.observers import ActivationStatistics
 
 
@@ -82,3 +82,10 @@ def test_the_error_of_a_grid_is_that_of_its_bins() -> None:
     for found, s, z in zip(error(scale, zero), scale.tolist(), zero.tolist(), strict=True):
         direct = counts @ np.square((np.clip(np.rint(centres / s) + z, -8, 7) - z) * s - centres)
         assert float(found) + counts @ centres**2 == pytest.approx(direct, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("percent", "elements", "place"), [(99.9, 1000, 999), (99.99, 10_000, 9999), (99.9, 1001, 1000), (100, 7, 7)]
+)
+def test_a_percentile_is_the_decimal_that_was_written(percent: float, elements: int, place: int) -> None:
+    assert rank(percent, elements) == place
