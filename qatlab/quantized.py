@@ -64,7 +64,7 @@ def fitted_copy(
         model = _rewrite(config)(model, batches())
     if config.plan is not None:
         make = lambda rules, **slots: _converted(copy.deepcopy(model), replace(config, **slots), rules)  # noqa: E731
-        planned = instantiate(config.plan)(make, of_image(config), batches)
+        planned = _factory(config.plan)()(make, of_image(config), batches)
         config = replace(config, rules={**config.rules, **planned})
     model = _converted(model, config, of_image(config))
     calibrate(model, batches())
@@ -76,10 +76,10 @@ def quantized_text(model: nn.Module, config: QuantConfig) -> TextTower:
 
     Raises UserError for options of the image tower where that is not quantized.
     """
-    for slot in ("rewrite", "adapter", "plan"):
-        if config.tower == "text" and getattr(config, slot):
+    for option in ("rewrite", "adapter", "plan", "patch_conv", "final_proj"):
+        if config.tower == "text" and getattr(config, option):
             raise UserError(
-                f"quant.{slot} is for the image tower, which quant.tower=text leaves as it is: set quant.{slot}=null, or "
+                f"quant.{option} is for the image tower, which quant.tower=text leaves as it is: leave it out, or set "
                 "quant.tower=both."
             )
     tower = TextTower(model)
@@ -89,11 +89,14 @@ def quantized_text(model: nn.Module, config: QuantConfig) -> TextTower:
 
 
 def save_quantized(module: nn.Module, path: Path, model: ModelConfig, config: QuantConfig) -> None:
-    """Write the tensors of ``module`` and how it is built as one safetensors file."""
+    """Write the tensors of ``module``, and how it is built where it is quantized, as one safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    if not is_quantized(config):
+        save_file(tensors, path)
+        return
     architecture = asdict(replace(model, checkpoint=None, text_features=None))
     tower = "text" if isinstance(module, TextTower) else "visual"
     about = {"tower": tower, "model": architecture, "quant": asdict(config)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     save_file(tensors, path, {_ENTRY: json.dumps(about)})
 
 
@@ -110,8 +113,6 @@ def load_quantized(path: str | Path) -> nn.Module:
         path = next((path / name for name in (TRAINED, QUANTIZED, TEXT) if (path / name).exists()), path / QUANTIZED)
     tensors, about = read_quantized(path)
     config = QuantConfig(**about["quant"])
-    if not is_quantized(config):
-        raise UserError(f"{path} was trained in full precision: load it as the weights of a run, model.checkpoint={path}.")
     clip, _, _ = untrained(ModelConfig(**about["model"]))
     module = quantized_text(clip, config) if about["tower"] == "text" else quantized_copy(clip.visual, config)
     module.load_state_dict(tensors)

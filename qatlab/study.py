@@ -79,6 +79,8 @@ class Study:
         self.unwritten: dict[str, nn.Module] = {}  # towers fitted in this process, by the file they go to
         self.drift: dict[str, Any] = {}
         self._check_towers()
+        if config.quant.plan is not None:
+            instantiate(config.quant.plan, _partial_=True)()  # a mistake in its options ends the run here
         scoring = {name: block for name, block in config.callbacks.items() if name != "temperature"}
         scoring["precision"] = config.trainer.precision
         self.suite = build_suite(config.suite, self.clip, scoring, cache_text=not config.fit.from_scratch)
@@ -143,10 +145,11 @@ class Study:
         """Raise UserError for a text tower to quantize that is not there, and for calibration data that is missing."""
         config, folder = self.config, self.run.folder
         files = {name for name, tower in ((QUANTIZED, "visual"), (TEXT, "text")) if is_quantized(config.quant, tower)}
-        if TEXT in files and self.clip.model is None:
+        if TEXT in files and (self.clip.model is None or self.clip.text_table is not None):
             raise UserError(
-                f"quant.tower={config.quant.tower} needs a text tower, and this checkpoint has only the image tower: set "
-                "quant.tower=visual."
+                f"quant.tower={config.quant.tower} needs a text tower that the class prompts go through, and here is "
+                f"{'a table of class embeddings (model.text_features)' if self.clip.text_table else 'only an image tower'}: "
+                "set quant.tower=visual."
             )
         if files == {TEXT} and config.fit.steps:
             raise UserError("quant.tower=text leaves nothing to train: set fit.steps=0, or quant.tower=both.")

@@ -40,7 +40,7 @@ Fit = Callable[..., Run]
 STAGES = {
     "fp32": ["fp32"],
     "pretrain_tiny": ["trained"],
-    **dict.fromkeys(("mixed_precision", "ptq", "raana", "smoothquant", "weight_only"), ["fp32", "quantized"]),
+    **{recipe: ["fp32", "quantized"] for recipe in ("mixed_precision", "ptq", "raana", "smoothquant", "weight_only")},
 }
 ADAPTED = ["fp32", "quantized", "adapted"]
 SCORES = ["msp", "energy", "max_logit", "mcm"]

@@ -112,5 +112,5 @@ def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
 def _cannot(name: str, reason: str) -> str:
     return (
         f"the attention '{name}' cannot be quantized: {reason}. "
-        f"Leave it in full precision with 'quant.rules={{{name}.*: null}}'."
+        f"Leave it in full precision with '+quant.rules={{{name}.*: null}}'."
     )

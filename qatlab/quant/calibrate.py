@@ -139,7 +139,7 @@ def _require_called(layers: dict[str, QuantLayer], called: set[str]) -> None:
     if missed:
         raise UserError(
             f"the model's forward never calls {', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''} (it reads the "
-            f"weight by itself, or leaves the layer out): skip it with 'quant.rules={{{missed[0]}: null}}'."
+            f"weight by itself, or leaves the layer out): skip it with '+quant.rules={{{missed[0]}: null}}'."
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.errors import UserError, nearest
-from qatlab.quant.allocate import bit_rules
+from qatlab.quant.allocate import SLACK, bit_rules
 from qatlab.quant.calibrate import calibrate
 from qatlab.quant.layers import QuantLayer, quant_layers
 from qatlab.quant.sensitivity import gradient_sensitivities, measured_sensitivities
@@ -63,6 +63,7 @@ class MixedPrecision:
         """Return {layer: {"weight": {"bits": b}}}; ``make(rules, act=None)`` gives the model with quantizers to measure."""
         images = list(_first(batches(), self.images))
         probe = self.candidates[len(self.candidates) // 2]
+        rules = _of_weights(rules)
         base = make(rules, act=None, adapter=None)
         names = [
             name
@@ -73,14 +74,24 @@ class MixedPrecision:
             raise UserError(
                 "quant.plan has no layer to choose bits for: give quant/weight=, and leave layers out of the rules."
             )
+        sizes = {name: quant_layers(base)[name].weight.numel() for name in names}
+        average = self._average(sum(sizes.values()))
         if self.sensitivity == "gradient":
             coefficients = gradient_sensitivities(base, images)
             costs = {name: {b: coefficients[name] * 2.0**-b for b in self.candidates} for name in names}
         else:
             costs = self._measured(make, rules, names, images, probe)
-        sizes = {name: quant_layers(base)[name].weight.numel() for name in names}
-        average = self.average_bits or 8e6 * (self.megabytes or 0) / sum(sizes.values())
         return bit_rules(costs, sizes, average, act=False)
+
+    def _average(self, weights: int) -> float:
+        """The budget in bits per weight; a UserError, before anything is measured, where it is too small."""
+        average = 8e6 * self.megabytes / weights if self.average_bits is None else self.average_bits  # type: ignore[operator]
+        if average + SLACK < self.candidates[0]:
+            raise UserError(
+                f"quant.plan allows {average:.4g} bits for each of {weights:,} weights, and the least of its candidates is "
+                f"{self.candidates[0]}: raise average_bits or megabytes, or add fewer bits to quant.plan.candidates."
+            )
+        return average
 
     def _measured(
         self, make: Make, rules: Rules, names: list[str], images: list[Tensor], probe: int
@@ -99,6 +110,16 @@ class MixedPrecision:
             name: {bits: sensitivity[name] * error / max(of[probe], 1e-30) for bits, error in of.items()}
             for name, of in errors.items()
         }
+
+
+def _of_weights(rules: Rules) -> Rules:
+    """The rules without options for activations and adapters: where these are left out, quantize() would refuse them."""
+    return {
+        pattern: {slot: options for slot, options in rule.items() if slot == "weight"}
+        if isinstance(rule, Mapping)
+        else rule
+        for pattern, rule in rules.items()
+    }
 
 
 @torch.no_grad()

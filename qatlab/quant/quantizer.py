@@ -159,7 +159,7 @@ class Quantizer(nn.Module):
         if x.shape[-1] != self.channels:
             raise UserError(
                 f"an input of shape {tuple(x.shape)} does not end in its {self.channels} channels, so it has no scale per "
-                "channel or token (a convolution's has not): skip the layer's input with quant.rules={<layer>: {act: null}}."
+                "channel or token (a convolution's has not): skip the layer's input with +quant.rules={<layer>: {act: null}}."
             )
 
     def _elements_per_scale(self, x: Tensor) -> int:

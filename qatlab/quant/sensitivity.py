@@ -135,7 +135,7 @@ def _require_images(images: int) -> None:
 def _require_called(missed: list[str]) -> None:
     if missed:
         raise UserError(
-            f"the model's forward never calls {missed[0]}: skip it with 'quant.rules={{{missed[0]}: null}}'."
+            f"the model's forward never calls {missed[0]}: skip it with '+quant.rules={{{missed[0]}: null}}'."
         )
 
 
