@@ -29,7 +29,10 @@ def grid_codes(x: Tensor, scale: Tensor, qmin: Ends, qmax: Ends) -> Tensor:
     bfloat16 and float16 are computed in float32, float64 stays float64. It divides: x * (1 / scale) rounds some ties
     the other way, and the integer runtimes divide too.
     """
-    return torch.div(widened(x), scale).round_().clamp_(qmin, qmax)  # type: ignore[arg-type]
+    codes = torch.div(widened(x), scale).round_()
+    if isinstance(qmin, Tensor) and isinstance(qmax, Tensor):  # clamp with tensors takes six times as long on a CPU
+        return torch.minimum(torch.maximum(codes, qmin, out=codes), qmax, out=codes)
+    return codes.clamp_(qmin, qmax)  # type: ignore[arg-type]
 
 
 def fake_quantize(x: Tensor, scale: Tensor, qmin: Ends, qmax: Ends) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qatlab.quant.histogram import BINS, rank
+from qatlab.quant.histogram import BINS, rank, search
 from qatlab.quant.observers import ActivationStatistics
 
 
@@ -89,3 +89,20 @@ def test_the_error_of_a_grid_is_that_of_its_bins() -> None:
 )
 def test_a_percentile_is_the_decimal_that_was_written(percent: float, elements: int, place: int) -> None:
     assert rank(percent, elements) == place
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("draw", ["normal", "heavy", "outlier"])
+def test_stopping_early_finds_the_scale_of_the_whole_search(bits: int, draw: str) -> None:
+    x = torch.randn(50, 300, generator=torch.Generator().manual_seed(bits))
+    if draw != "normal":
+        x = x**5 if draw == "heavy" else torch.cat([x, torch.full((50, 1), 90.0)], dim=1)
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def squared_error(scale: torch.Tensor) -> torch.Tensor:
+        return (
+            (torch.div(x, scale.float()).round().clamp(qmin, qmax) * scale.float() - x).square().sum(1, True).double()
+        )
+
+    largest = x.abs().amax(1, keepdim=True).double() / qmax
+    assert torch.equal(search(squared_error, largest), search(squared_error, largest, x.shape[1]))
