@@ -21,9 +21,9 @@ def rabitq_levels(rows: Tensor, bits: int) -> Tensor:
     """Return the levels u, uint8 of the shape of ``rows`` (n, d), whose y = u - (2^bits - 1) / 2 has the largest cosine.
 
     Of all vectors y on the grid of half-integers {-2^(b-1) + 1/2, ..., 2^(b-1) - 1/2} it is the one of least angle to
-    the row (``best_scales``), to float32 rounding of the cosine: signs, and magnitudes min(floor(t |o|), 2^(b-1) - 1) + 1/2 at the best t
-    (Gao et al. 2024, arXiv 2409.09913, "Practical and asymptotically optimal quantization of high-dimensional
-    vectors"). ``bits`` is 1 to 8. A row of zeros has all its levels at 2^(b-1).
+    the row (``best_scales``), to float32 rounding of the cosine: signs, and magnitudes min(floor(t |o|), 2^(b-1) - 1)
+    + 1/2 at the best t (Gao et al. 2024, arXiv 2409.09913, "Practical and asymptotically optimal quantization of
+    high-dimensional vectors"). ``bits`` is 1 to 8. A row of zeros has all its levels at 2^(b-1).
     """
     top = 2 ** (bits - 1) - 1
     unit = rows.abs().float() / rows.float().norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
