@@ -4,7 +4,7 @@ python benchmarks/qat_step.py [--device cuda --batch 256] [--variants eager comp
 
 A step is forward and backward of all linear layers with W8 per channel and A8 per tensor, both learned (LSQ), without the
 optimizer. The variants take turns in one process; a ratio is the median over the rounds of a variant's time over that of
-the full-precision model, with the same attention, in the same round: process CPU time, or events on a GPU. Weights are
+the full-precision model as open_clip builds it, in the same round: process CPU time, or events on a GPU. Weights are
 random, which changes no time. torch's float32 products are slow on AMD processors, which flatters every ratio: the
 GFLOP/s are printed.
 """
@@ -136,7 +136,7 @@ def build(options: argparse.Namespace, images: Tensor) -> dict[str, nn.Module]:
     """The full-precision tower and every variant asked for."""
     logging.disable()  # open_clip warns about random weights
     tower = open_clip.create_model(options.model).visual.to(images.device)
-    models = {"fp32": quantize(copy.deepcopy(tower), None, None).train()}
+    models: dict[str, nn.Module] = {"fp32": copy.deepcopy(tower).train()}
     for name in options.variants:
         kernels, matmul, _ = VARIANTS[name]
         if name == "naive":
