@@ -79,7 +79,11 @@ class LRQAT(LSQ):
 
 
 class _RoundedSum(torch.autograd.Function):
-    """LRQAT's forward and backward for rows (channels, n); saves its inputs only and recomputes the rest."""
+    """LRQAT's forward and backward for rows (channels, n).
+
+    It keeps the sum inside the rounding, as large as the weight. A fused layer runs it without a graph in its forward,
+    and in its backward right before it is used: a third product of the factors would cost more than that moment's memory.
+    """
 
     @staticmethod
     def forward(
@@ -92,22 +96,22 @@ class _RoundedSum(torch.autograd.Function):
         down: Tensor,
         scaling: float,
     ) -> Tensor:
-        ctx.save_for_backward(rows, start, scale, up, down)
-        ctx.constants = ends, scaling
-        return _sum(rows, start, up, down, scaling).round_().clamp_(*ends).mul_(scale).to(rows.dtype)
+        v = _sum(rows, start, up, down, scaling)
+        ctx.save_for_backward(v, start, scale, up, down)
+        ctx.constants = ends, scaling, rows.dtype
+        return v.round().clamp_(*ends).mul_(scale).to(rows.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, start, scale, up, down = ctx.saved_tensors
-        ends, scaling = ctx.constants
-        v = _sum(rows, start, up, down, scaling)
+        v, start, scale, up, down = ctx.saved_tensors
+        ends, scaling, dtype = ctx.constants
         grad = grad.to(v.dtype)
         grad_v = torch.ops.aten.hardtanh_backward(grad * scale, v, *ends)  # 0 at the ends and beyond
         grad_up = (grad_v @ down.to(v.dtype).T).mul_(scaling).to(up.dtype)
         grad_down = (up.to(v.dtype).T @ grad_v).mul_(scaling).to(down.dtype)
-        grad_rows = (grad_v / start).to(rows.dtype) if ctx.needs_input_grad[0] else None
-        slope = v.round_().clamp_(*ends).mul_(grad)
+        grad_rows = (grad_v / start).to(dtype) if ctx.needs_input_grad[0] else None
+        slope = v.round().clamp_(*ends).mul_(grad)
         grad_scale = (slope.sum(1, keepdim=True) if scale.ndim else slope.sum()).to(scale.dtype)
         return grad_rows, None, grad_scale, None, grad_up, grad_down, None
 
