@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from qatlab.quant.layers import QuantLayer, quant_layers
 from qatlab.quant.lora import LowRank
 from qatlab.quant.lsq import LSQ
 from qatlab.quant.minmax import MinMax
+
+# Elements of the weight that are looked at together on a CPU.
+PIECE = 2**17
 
 
 class LRQAT(LSQ):
@@ -79,10 +83,9 @@ class LRQAT(LSQ):
 
 
 class _RoundedSum(torch.autograd.Function):
-    """LRQAT's forward and backward for rows (channels, n).
+    """LRQAT's forward and backward for rows (channels, n); saves its inputs only and recomputes the rest.
 
-    It keeps the sum inside the rounding, as large as the weight. A fused layer runs it without a graph in its forward,
-    and in its backward right before it is used: a third product of the factors would cost more than that moment's memory.
+    Some rows at a time: what lies between two passes over them stays in a core's cache.
     """
 
     @staticmethod
@@ -96,24 +99,47 @@ class _RoundedSum(torch.autograd.Function):
         down: Tensor,
         scaling: float,
     ) -> Tensor:
-        v = _sum(rows, start, up, down, scaling)
-        ctx.save_for_backward(v, start, scale, up, down)
-        ctx.constants = ends, scaling, rows.dtype
-        return v.round().clamp_(*ends).mul_(scale).to(rows.dtype)
+        ctx.save_for_backward(rows, start, scale, up, down)
+        ctx.constants = ends, scaling
+        result = torch.empty_like(rows)
+        for piece in _pieces(rows):
+            v = _sum(rows[piece], _of(start, piece), up[piece], down, scaling)
+            result[piece] = v.round_().clamp_(*ends).mul_(_of(scale, piece))
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        v, start, scale, up, down = ctx.saved_tensors
-        ends, scaling, dtype = ctx.constants
-        grad = grad.to(v.dtype)
-        grad_v = torch.ops.aten.hardtanh_backward(grad * scale, v, *ends)  # 0 at the ends and beyond
-        grad_up = (grad_v @ down.to(v.dtype).T).mul_(scaling).to(up.dtype)
-        grad_down = (up.to(v.dtype).T @ grad_v).mul_(scaling).to(down.dtype)
-        grad_rows = (grad_v / start).to(dtype) if ctx.needs_input_grad[0] else None
-        slope = v.round().clamp_(*ends).mul_(grad)
-        grad_scale = (slope.sum(1, keepdim=True) if scale.ndim else slope.sum()).to(scale.dtype)
-        return grad_rows, None, grad_scale, None, grad_up, grad_down, None
+        rows, start, scale, up, down = ctx.saved_tensors
+        ends, scaling = ctx.constants
+        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        grad_up, grad_down = torch.empty_like(up), torch.zeros_like(down, dtype=_wide(rows))
+        grad_scale = torch.empty(len(rows), 1, dtype=_wide(rows), device=rows.device)
+        for piece in _pieces(rows):
+            v = _sum(rows[piece], _of(start, piece), up[piece], down, scaling)
+            part = grad[piece].to(v.dtype)
+            grad_v = torch.ops.aten.hardtanh_backward(part * _of(scale, piece), v, *ends)  # 0 at the ends and beyond
+            with torch.autocast(rows.device.type, enabled=False):
+                grad_up[piece] = (grad_v @ down.to(v.dtype).T).mul_(scaling)
+                grad_down.addmm_(up[piece].to(v.dtype).T, grad_v, alpha=scaling)
+            grad_scale[piece] = v.round_().clamp_(*ends).mul_(part).sum(1, keepdim=True)
+            if grad_rows is not None:
+                grad_rows[piece] = grad_v.div_(_of(start, piece))
+        of_scale = (grad_scale if scale.ndim else grad_scale.sum()).to(scale.dtype)
+        return grad_rows, None, of_scale, None, grad_up, grad_down.to(down.dtype), None
+
+
+def _pieces(rows: Tensor) -> Iterator[slice]:
+    step = max(1, PIECE // max(1, rows.shape[1])) if rows.device.type == "cpu" else len(rows)
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
+def _of(scale: Tensor, piece: slice) -> Tensor:
+    return scale[piece] if scale.ndim else scale
+
+
+def _wide(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
 
 
 def _sum(rows: Tensor, start: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
