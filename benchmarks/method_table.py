@@ -85,6 +85,7 @@ METHODS = {
     "w_group64": Method(weights(MinMax, group_size=64)),
     "w_percentile": Method(weights(MinMax, per_channel=True, observer="percentile")),
     "w_mse": Method(weights(MinMax, per_channel=True, observer="mse")),
+    "weight_only": Method(plain(partial(MinMax, bits=8, per_channel=True, observer="mse"), None)),
     "raana_w8": Method(weights(RaanA)),
     "raana_w4": Method(plain(partial(RaanA, bits=4), A8)),
     "smooth_0.5": Method(plain(W8, A8, SmoothQuant(0.5)), 2),

@@ -265,7 +265,10 @@ def test_the_search_against_an_exhaustive_one(build_visual: Callable) -> None:
             x_q = (odd / s / step).round().clamp(-8, 7) * step
             w_q = (w * s / steps).round().clamp(-8, 7) * steps
             errors.append(float((x_q @ w_q.T - odd @ w.T).square().sum()))
-        assert errors[round(smooth.alphas[name] * 20)] <= min(errors) * (1 + 1e-3), name
+        found = round(smooth.alphas[name] * 20)
+        tried = {*range(0, 21, 4), max(0, found - 1), min(20, found + 1)}
+        assert errors[found] <= min(errors[k] for k in tried) * (1 + 1e-3), name
+        assert errors[found] <= min(errors) * 1.25, name
 
 
 def test_the_search_quantizes_only_what_the_run_quantizes(build_visual: Callable, images: torch.Tensor) -> None:
@@ -319,9 +322,10 @@ def test_outliers_outside_the_sample_count(build_visual: Callable, monkeypatch: 
     weight = visual.transformer.resblocks[0].mlp.c_proj.weight.detach().clone()
     SmoothQuant({"c_proj": "search"}, act=make)(visual, [images])
     expected = [
-        float((inputs / smoothing_scale(inputs.abs().amax(0), weight, k / 20)).abs().max()) / 127 for k in range(21)
+        float((inputs / smoothing_scale(inputs.abs().amax(0), weight, k / 20)).abs().max()) / 127
+        for k in range(0, 21, 4)
     ]
-    assert seen[:21] == pytest.approx(expected, rel=1e-5)
+    assert seen[:6] == pytest.approx(expected, rel=1e-5)
 
 
 def test_smoothing_helps_where_channels_differ(build_visual: Callable) -> None:
