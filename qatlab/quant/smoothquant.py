@@ -92,7 +92,7 @@ class SmoothQuant:
         """The alpha whose scales, of what ``fitted`` saw, lose least on the tokens of ``held``; twentieths, coarse to fine."""
         output = F.linear(held.sample, layer.weight)
         errors: dict[int, float] = {}
-        tried, best = range(0, 21, 4), 0
+        tried, best = list(range(0, 21, 4)), 0
         for step in (4, 2, 1):
             for k in tried:
                 errors[k] = self._error(layer.weight, output, k / 20, fitted, held)
