@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -205,3 +206,16 @@ def test_an_all_zero_weight_row_and_a_constant_image_give_numbers(
     quantized, _ = fitted_copy(model, compose(f"recipe={recipe}").quant, lambda: [flat])
     assert quantized.eval()(images).isfinite().all()
     verify(quantized, images)
+
+
+def test_calibration_images_are_drawn_by_their_seed(small_fit: Fit, tmp_path: Path) -> None:
+    def scales(folder: str, *overrides: str) -> list[float]:
+        done = small_fit(
+            "ptq", tmp_path / folder, *(f"callbacks.{name}=null" for name in ("ood", "temperature")), *overrides
+        )
+        return pl.read_csv(done.folder / "layers.csv")["act_scale"].to_list()
+
+    first, drawn = scales("first"), scales("drawn", "quant.calibration_seed=1")
+    assert drawn == scales("again", "quant.calibration_seed=1")
+    assert drawn != first
+    assert drawn != scales("other", "quant.calibration_seed=2")
