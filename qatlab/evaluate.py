@@ -20,6 +20,7 @@ def evaluate(config: Config, recipe: str) -> Run:
     """Return the run whose rows were completed: that of ``checkpoint=``, else one of the unquantized model."""
     # Torch and all are loaded here: --help, tab completion and a mistake in the options answer at once.
     from qatlab.evaluation import View
+    from qatlab.quantizing import quantize_towers
     from qatlab.report import conclude
     from qatlab.results import Run
     from qatlab.stopping import StopSignals
@@ -47,7 +48,7 @@ def evaluate(config: Config, recipe: str) -> Run:
             if study.trainer.is_global_zero:
                 print(study.plan(), flush=True)
             if "quantized" in study.stages:
-                study.quantize()
+                quantize_towers(study)
             if config.fit.steps:
                 study.train()
             refitted = study.refit()

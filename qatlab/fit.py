@@ -19,6 +19,7 @@ def fit(config: Config, recipe: str) -> Run:
     """Return the finished run: every stage computed or read back, its rows, curves and pictures in ``run.folder``."""
     # Torch and all are loaded here: --help, tab completion and a mistake in the options answer at once.
     from qatlab.evaluation import View
+    from qatlab.quantizing import quantize_towers
     from qatlab.report import conclude
     from qatlab.results import Run
     from qatlab.stopping import StopSignals
@@ -40,7 +41,7 @@ def fit(config: Config, recipe: str) -> Run:
             if "fp32" in study.stages and last != "fp32":
                 study.score([View("fp32", study.module.logit_scale)], step=0)
             if "quantized" in study.stages:
-                study.quantize()
+                quantize_towers(study)
                 if last != "quantized":
                     study.score([View("quantized", study.module.logit_scale)], step=0)
             if config.fit.steps:

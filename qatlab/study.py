@@ -42,7 +42,7 @@ from qatlab.quantized import (
     quantized_text,
     save_quantized,
 )
-from qatlab.quantizing import REPORT_SAMPLES, average_bits, quantize_towers
+from qatlab.quantizing import REPORT_SAMPLES, average_bits
 from qatlab.results import Run, unfinished_beside
 from qatlab.stopping import StopSignals
 from qatlab.trainer import build_trainer, quiet
@@ -206,10 +206,6 @@ class Study:
                 )
 
     # -- stages ------------------------------------------------------------------------------------------------------
-
-    def quantize(self) -> None:
-        """Put the quantized towers in place, calibrated or read back."""
-        quantize_towers(self)
 
     def score(self, views: list[View], step: int) -> None:
         """Embed the sets whose rows some view still lacks, once, and store a row per evaluation and view."""

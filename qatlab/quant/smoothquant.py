@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from qatlab.errors import UserError, nearest
 from qatlab.quant.attention import QuantAttention
+from qatlab.quant.inputs import LayerInputs
 from qatlab.quant.layers import evaluating
 from qatlab.quant.quantizer import Quantizer
 
@@ -19,7 +20,6 @@ KINDS = {"ln_1": nn.LayerNorm, "attn": nn.MultiheadAttention, "ln_2": nn.LayerNo
 KINDS |= {"mlp.c_fc": nn.Linear, "mlp.c_proj": nn.Linear}
 PATHS = {"in_proj": "attn.in_proj", "out_proj": "attn.out_proj", "c_fc": "mlp.c_fc", "c_proj": "mlp.c_proj"}
 SMALLEST_MAXIMUM = 1e-5  # so that a dead channel has a finite s
-ROWS = 256  # tokens of each half that a search keeps per layer
 
 Alpha = float | str | None
 Factory = Callable[..., Quantizer]
@@ -74,7 +74,10 @@ class SmoothQuant:
         scales: dict[str, Tensor] = {}
         with _called_layers(blocks, self.alpha) as layers:
             alphas = {name: self.alpha[name.rsplit(".", 1)[1]] for name in layers}
-            inputs = {n: [_Part(0, 2), _Part(1, 2)] if alpha == "search" else [_Part()] for n, alpha in alphas.items()}
+            inputs = {
+                n: [LayerInputs(0, 2), LayerInputs(1, 2)] if alpha == "search" else [LayerInputs()]
+                for n, alpha in alphas.items()
+            }
             _observe(visual, layers, inputs, batches)
             for name, layer in layers.items():
                 if alphas[name] == "search":
@@ -88,7 +91,7 @@ class SmoothQuant:
         self.alphas = alphas
         return visual
 
-    def _search(self, layer: nn.Linear, fitted: _Part, held: _Part) -> float:
+    def _search(self, layer: nn.Linear, fitted: LayerInputs, held: LayerInputs) -> float:
         """The alpha whose scales, of what ``fitted`` saw, lose least on the tokens of ``held``; twentieths, coarse to fine."""
         output = F.linear(held.sample, layer.weight)
         errors: dict[int, float] = {}
@@ -100,7 +103,7 @@ class SmoothQuant:
             tried = [k for k in (best - step // 2, best + step // 2) if 0 <= k <= 20 and k not in errors]
         return best / 20
 
-    def _error(self, weight: Tensor, output: Tensor, alpha: float, fitted: _Part, held: _Part) -> float:
+    def _error(self, weight: Tensor, output: Tensor, alpha: float, fitted: LayerInputs, held: LayerInputs) -> float:
         scale = smoothing_scale(fitted.absmax, weight, alpha).to(weight.dtype)
         x, smooth = held.sample / scale, weight * scale
         if self.act is not None:
@@ -130,42 +133,6 @@ def smoothing_scale(absmax: Tensor, weight: Tensor, alpha: float) -> Tensor:
     of_inputs = absmax.double().clamp(min=SMALLEST_MAXIMUM)
     of_weights = weight.detach().abs().amax(0).double().clamp(min=SMALLEST_MAXIMUM)
     return of_inputs**alpha / of_weights ** (1 - alpha)
-
-
-class _Part:
-    """Of a layer's inputs for every ``turns``-th image: the extremes of each channel and ROWS tokens drawn evenly."""
-
-    def __init__(self, turn: int = 0, turns: int = 1) -> None:
-        self.low = self.high = self.sample = self._keys = torch.empty(0)
-        self._turn, self._turns, self._rows = turn, turns, ROWS if turns > 1 else 0
-        # One seed for all layers: their samples are the same tokens of the same images.
-        self._generator = torch.Generator().manual_seed(0)
-
-    @property
-    def absmax(self) -> Tensor:
-        """The largest |x| per channel."""
-        return torch.maximum(self.high, -self.low)
-
-    def update(self, x: Tensor) -> None:
-        """Take the inputs of a batch, (B, ..., channels)."""
-        x, self._turn = x[self._turn :: self._turns], (self._turn - len(x)) % self._turns
-        if not len(x):
-            return
-        low, high = (x := x.reshape(-1, x.shape[-1])).amin(0), x.amax(0)  # aminmax takes 20 times as long on a CPU
-        keys, places = torch.rand(len(x), generator=self._generator).sort()
-        sample = x[places[: self._rows].to(x.device)]
-        if len(self.low):
-            low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-            # The tokens with the smallest random keys of all so far.
-            keys, places = torch.cat([self._keys, keys[: self._rows]]).sort()
-            sample = torch.cat([self.sample, sample])[places[: self._rows].to(x.device)]
-        self.low, self.high, self.sample, self._keys = low, high, sample, keys[: self._rows]
-
-    def extremes(self, scale: Tensor) -> Tensor:
-        """Two tokens, divided by ``scale``, that hold the largest and the least value of all inputs, sampled or not."""
-        tokens, high, low = (self.sample[:1] / scale).repeat(2, 1), self.high / scale, self.low / scale
-        tokens[0, high.argmax()], tokens[1, low.argmin()] = high.max(), low.min()
-        return tokens
 
 
 def _by_group(alpha: Alpha | Mapping[str, Alpha]) -> dict[str, Any]:
@@ -215,7 +182,7 @@ def _called_layers(blocks: dict[str, Any], groups: Iterable[str]) -> Iterator[di
 
 
 def _observe(
-    visual: nn.Module, layers: dict[str, nn.Linear], inputs: dict[str, list[_Part]], batches: Iterable[Tensor]
+    visual: nn.Module, layers: dict[str, nn.Linear], inputs: dict[str, list[LayerInputs]], batches: Iterable[Tensor]
 ) -> None:
     device, images = next(visual.parameters()).device, 0
     least = max(map(len, inputs.values()), default=1)

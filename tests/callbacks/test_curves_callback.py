@@ -24,6 +24,7 @@ from qatlab.loggers import merge_curves
 from qatlab.quant import LSQ, layer_report
 from qatlab.quant.layers import quant_layers
 from qatlab.quantized import quantized_copy
+from qatlab.quantizing import quantize_towers
 from qatlab.results import Run
 from qatlab.stopping import StopSignals
 from qatlab.study import Study
@@ -50,7 +51,7 @@ class Trained:
         with Run(self.config, recipe) as self.run, StopSignals() as stop:
             self.study = study = Study(self.config, self.run, recipe, stop)
             if "quantized" in study.stages:
-                study.quantize()
+                quantize_towers(study)
             usual = training._callbacks
             watching = [*([Curves(self.images)] if watched else []), *others]
             with pytest.MonkeyPatch.context() as patch:  # in place of the run's own Curves

@@ -19,8 +19,9 @@ from qatlab.config import ModelConfig
 from qatlab.errors import UserError
 from qatlab.quant import MinMax, calibrate, layer_report, quant_layers, quantize, verify
 from qatlab.quant.dynamic import DynamicMinMax
+from qatlab.quant.inputs import ROWS
 from qatlab.quant.lsq_plus import LSQPlus
-from qatlab.quant.smoothquant import ROWS, SmoothQuant, smoothing_scale
+from qatlab.quant.smoothquant import SmoothQuant, smoothing_scale
 
 GROUPS = ("in_proj", "out_proj", "c_fc", "c_proj")
 WEIGHT, ACT = partial(MinMax, 8, per_channel=True), partial(MinMax, 8)
@@ -305,7 +306,7 @@ def test_the_search_takes_any_quantizer(build_visual: Callable, images: torch.Te
 
 def test_outliers_outside_the_sample_count(build_visual: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample of the search misses the largest values; the range that it gives the quantizer must not."""
-    monkeypatch.setattr("qatlab.quant.smoothquant.ROWS", 2)
+    monkeypatch.setattr("qatlab.quant.inputs.ROWS", 2)
     visual = uneven(build_visual())
     images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(6))
     seen = []
