@@ -100,7 +100,9 @@ def learned_scales(visual: nn.Module) -> dict[str, list[Quantizer]]:
     found: dict[str, list[Quantizer]] = {}
     for name, layer in quant_layers(visual).items():
         for tensor, quantizer in (("weight", layer.weight_quantizer), ("act", layer.act_quantizer)):
-            if quantizer is not None and any(parameter.requires_grad for parameter in quantizer.parameters(recurse=False)):
+            if quantizer is not None and any(
+                parameter.requires_grad for parameter in quantizer.parameters(recurse=False)
+            ):
                 found.setdefault(f"{name.rsplit('.', 1)[-1]}/{tensor}", []).append(quantizer)
     return found
 
