@@ -32,16 +32,17 @@ def composed() -> dict[str, list[Config]]:
     return {name: cells(name) for name in SWEEPS}
 
 
-def test_the_sweeps_are_those_of_the_figures(composed: dict[str, list[Config]]) -> None:
+def test_the_sweeps_are_those_of_the_figures_and_of_the_weights(composed: dict[str, list[Config]]) -> None:
     assert {name: len(found) for name, found in composed.items()} == {
         "fig3_bits": 18,
         "fig4_steps": 3,
         "fig14_samples": 18,
+        "weight_only_bits": 7,
     }
     for path in SWEEPS.values():
         first = path.read_text().splitlines()[0]
         assert first.startswith("# ")
-        assert "arXiv 2509.21173, Fig. " in first
+        assert "arXiv 2509.21173, Fig. " in first or not path.stem.startswith("fig")
         assert first.endswith(f"(python -m qatlab.fit sweep={path.stem}).")
 
 
@@ -63,6 +64,11 @@ def test_steps_are_seen_by_probes_of_one_run_per_method(composed: dict[str, list
     for config in composed["fig4_steps"]:
         assert (config.fit.steps, config.fit.batch_size, config.fit.unique_samples) == (8100, 100, None)
         assert (config.fit.lr, config.fit.eval_every) == (5e-5, 100)
+
+
+def test_weights_alone_go_through_every_number_of_bits(composed: dict[str, list[Config]]) -> None:
+    assert [config.quant.weight["bits"] for config in composed["weight_only_bits"]] == [8, 7, 6, 5, 4, 3, 2]
+    assert all(config.quant.act is None for config in composed["weight_only_bits"])
 
 
 def test_samples_end_in_a_stream(composed: dict[str, list[Config]]) -> None:
