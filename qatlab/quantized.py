@@ -43,6 +43,16 @@ def method(config: QuantConfig) -> str:
     return " ".join(f"{slot}={_named(block)}" for slot in QUANT_SLOTS if (block := getattr(config, slot)))
 
 
+def tower_files(config: QuantConfig) -> list[str]:
+    """Return the names of the files, one a tower, that a run leaves what it quantized in."""
+    return [name for name, tower in ((QUANTIZED, "visual"), (TEXT, "text")) if is_quantized(config, tower)]
+
+
+def planner(config: QuantConfig) -> Any:
+    """Return what chooses the bits of every layer, if anything does; raises UserError for options that do not fit."""
+    return config.plan and _factory(config.plan)()
+
+
 def quantized_copy(visual: nn.Module, config: QuantConfig) -> nn.Module:
     """Return a copy of ``visual`` with everything of ``config`` in place, into which the state of a fitted one loads."""
     model = copy.deepcopy(visual)
@@ -63,8 +73,11 @@ def fitted_copy(
     if config.rewrite is not None:
         model = _rewrite(config)(model, batches())
     if config.plan is not None:
-        make = lambda rules, **slots: _converted(copy.deepcopy(model), replace(config, **slots), rules)  # noqa: E731
-        planned = _factory(config.plan)()(make, of_image(config), batches)
+
+        def make(rules: dict[str, Any], **slots: Any) -> nn.Module:
+            return _converted(copy.deepcopy(model), replace(config, **slots), rules)
+
+        planned = planner(config)(make, of_image(config), batches)
         config = replace(config, rules={**config.rules, **planned})
     model = _converted(model, config, of_image(config))
     calibrate(model, batches())

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import torch
 from torch import Tensor, nn
 
 from qatlab.config import QuantConfig
@@ -32,56 +33,59 @@ REPORT_SAMPLES = 16  # samples that layers.csv and the count of distinct values 
 
 def quantize_towers(study: Study) -> None:
     """Put the quantized towers in place of those of ``study``; writes layers.csv, and class_drift.csv of a text tower."""
-    config, run = study.config.quant, study.run
+    config = study.config.quant
     report: list[dict[str, Any]] = []
+    fitted: dict[str, nn.Module] = {}  # in this process, by the file they go to
     if is_quantized(config, "visual"):
-        if (stored := run.folder / QUANTIZED).exists():
+        if (stored := study.run.folder / QUANTIZED).exists():
             tensors, about = read_quantized(stored)
             study.fitted = QuantConfig(**about["quant"])
             study.module.visual = quantized_copy(study.clip.visual, study.fitted)
             study.module.visual.load_state_dict(tensors)
         else:
-            report += _fit_image_tower(study)
+            images = _fit_image_tower(study)
+            report += _report(study.module.visual, images)
+            fitted[QUANTIZED] = study.module.visual
     if is_quantized(config, "text"):
-        _quantize_text_tower(study, report)
+        assert study.clip.model is not None
+        tower = quantized_text(study.clip.model, config)
+        if (stored := study.run.folder / TEXT).exists():
+            tower.load_state_dict(read_quantized(stored)[0])
+        else:
+            report += _report(tower, _fit_text_tower(study, tower))
+            fitted[TEXT] = tower
+        study.scored_clip = replace(study.clip, model=tower.text.to(_device(study)).eval())
+        _move_classes(study)
     if report:
         study.write("layers.csv", lambda path: pl.DataFrame(report, infer_schema_length=None).write_csv(path))
     # Last: once the towers are stored the stage is finished.
-    for name, tower in study.unwritten.items():
-        study.write(name, lambda path, tower=tower: save_quantized(tower, path, study.config.model, study.fitted))
-    study.unwritten.clear()
+    for name, module in fitted.items():
+        study.write(name, lambda path, module=module: save_quantized(module, path, study.config.model, study.fitted))
 
 
-def _fit_image_tower(study: Study) -> list[dict[str, Any]]:
-    config, device = study.config.quant, study.trainer.strategy.root_device
+def _fit_image_tower(study: Study) -> Tensor:
+    """Quantize and calibrate the student; returns the first of its images."""
+    config, device = study.config.quant, _device(study)
     study.say(f"calibrating on {config.calibration_images} images of {study.data.name}")
     images = study.clip.preprocess.normalize(study.captioned().images[: config.calibration_images])
 
     def batches() -> Any:
         return (chunk.to(device) for chunk in images.split(study.config.suite.batch_size))
 
-    student, study.fitted = fitted_copy(study.clip.visual.to(device), config, batches)
+    study.module.visual, study.fitted = fitted_copy(study.clip.visual.to(device), config, batches)
     if config.plan is not None:
-        study.say(f"  {planned_bits(student)}")
-    study.module.visual = study.unwritten[QUANTIZED] = student
-    return _report(student, images[:REPORT_SAMPLES].to(device))
+        study.say(f"  {planned_bits(study.module.visual)}")
+    return images[:REPORT_SAMPLES].to(device)
 
 
-def _quantize_text_tower(study: Study, report: list[dict[str, Any]]) -> None:
-    assert study.clip.model is not None
+def _fit_text_tower(study: Study, tower: nn.Module) -> Tensor:
+    """Calibrate the text tower; returns the first of its tokens."""
     assert study.clip.tokenizer is not None
-    device, tower = study.trainer.strategy.root_device, quantized_text(study.clip.model, study.config.quant)
-    if (stored := study.run.folder / TEXT).exists():
-        tower.load_state_dict(read_quantized(stored)[0])
-    else:
-        captions = study.captioned().captions[: study.config.quant.calibration_images]
-        study.say(f"calibrating the text tower on {len(captions)} captions of {study.data.name}")
-        tokens = study.clip.tokenizer(captions).to(device)
-        calibrate(tower.to(device), tokens.split(study.config.suite.batch_size))
-        report += _report(tower, tokens[:REPORT_SAMPLES])
-        study.unwritten[TEXT] = tower
-    study.scored_clip = replace(study.clip, model=tower.text.to(device).eval())
-    _move_classes(study)
+    captions = study.captioned().captions[: study.config.quant.calibration_images]
+    study.say(f"calibrating the text tower on {len(captions)} captions of {study.data.name}")
+    tokens: Tensor = study.clip.tokenizer(captions).to(_device(study))
+    calibrate(tower.to(tokens.device), tokens.split(study.config.suite.batch_size))
+    return tokens[:REPORT_SAMPLES]
 
 
 def _move_classes(study: Study) -> None:
@@ -101,6 +105,10 @@ def _move_classes(study: Study) -> None:
         f"{study.drift['class_cosine_mean']:.4f} on average, least {min(cosines):.4f} "
         f"({table['class'][cosines.index(min(cosines))]})"
     )
+
+
+def _device(study: Study) -> torch.device:
+    return study.trainer.strategy.root_device
 
 
 def _report(model: nn.Module, few: Tensor) -> list[dict[str, Any]]:

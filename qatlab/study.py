@@ -33,14 +33,15 @@ from qatlab.objectives import teacher_probabilities
 from qatlab.quant import kernels
 from qatlab.quant.trainable import prepare_training
 from qatlab.quantized import (
-    QUANTIZED,
     TEXT,
     TRAINED,
     is_quantized,
     method,
+    planner,
     quantized_copy,
     quantized_text,
     save_quantized,
+    tower_files,
 )
 from qatlab.quantizing import REPORT_SAMPLES, average_bits
 from qatlab.results import Run, unfinished_beside
@@ -76,11 +77,9 @@ class Study:
         if config.fit.steps and not (run.folder / TRAINED).exists():
             self.data.prepare()
         self.fitted = config.quant  # with the bits that a plan chose, once it has
-        self.unwritten: dict[str, nn.Module] = {}  # towers fitted in this process, by the file they go to
         self.drift: dict[str, Any] = {}
         self._check_towers()
-        if config.quant.plan is not None:
-            instantiate(config.quant.plan, _partial_=True)()  # a mistake in its options ends the run here
+        planner(config.quant)  # a mistake in its options ends the run here
         scoring = {name: block for name, block in config.callbacks.items() if name != "temperature"}
         scoring["precision"] = config.trainer.precision
         self.suite = build_suite(config.suite, self.clip, scoring, cache_text=not config.fit.from_scratch)
@@ -143,17 +142,17 @@ class Study:
 
     def _check_towers(self) -> None:
         """Raise UserError for a text tower to quantize that is not there, and for calibration data that is missing."""
-        config, folder = self.config, self.run.folder
-        files = {name for name, tower in ((QUANTIZED, "visual"), (TEXT, "text")) if is_quantized(config.quant, tower)}
+        config = self.config
+        files = tower_files(config.quant)
         if TEXT in files and (self.clip.model is None or self.clip.text_table is not None):
             raise UserError(
                 f"quant.tower={config.quant.tower} needs a text tower that the class prompts go through, and here is "
                 f"{'a table of class embeddings (model.text_features)' if self.clip.text_table else 'only an image tower'}: "
                 "set quant.tower=visual."
             )
-        if files == {TEXT} and config.fit.steps:
+        if files == [TEXT] and config.fit.steps:
             raise UserError("quant.tower=text leaves nothing to train: set fit.steps=0, or quant.tower=both.")
-        if any(not (folder / name).exists() for name in files):
+        if any(not (self.run.folder / name).exists() for name in files):
             self.captioned()
 
     def facts(self, stage: str) -> dict[str, Any]:
@@ -192,14 +191,8 @@ class Study:
 
     def require_finished(self) -> None:
         """Raise UserError when the run folder lacks a model that its options promise: scoring is not where one is made."""
-        quant = self.config.quant
-        needed = {
-            QUANTIZED: is_quantized(quant, "visual"),
-            TEXT: is_quantized(quant, "text"),
-            TRAINED: self.config.fit.steps > 0,
-        }
-        for name, wanted in needed.items():
-            if wanted and not (self.run.folder / name).exists():
+        for name in [*tower_files(self.config.quant), *([TRAINED] if self.config.fit.steps else [])]:
+            if not (self.run.folder / name).exists():
                 raise UserError(
                     f"{self.run.folder} has no {name}: the run is not finished. Give its own command again, "
                     "`python -m qatlab.fit recipe=...`, and it goes on from where it stopped."

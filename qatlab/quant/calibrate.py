@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.errors import UserError
-from qatlab.quant.layers import QuantLayer, evaluating, full_precision, quant_layers
+from qatlab.quant.layers import QuantLayer, device_of, evaluating, full_precision, quant_layers, require_called
 from qatlab.quant.quantizer import Quantizer
 
 
@@ -35,18 +35,24 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     with evaluating(model), full_precision(model), _on_inputs(layers, observe):
         for batch in batches:
             if len(batch):
-                model(batch.to(_device(model)))
+                model(batch.to(device_of(model)))
                 images += len(batch)
     if images == 0:
         raise UserError("calibration got no images: give the quantizers at least one to find their scales on.")
-    _require_called(layers, called)
-    for name, layer in layers.items():
+    require_called(layers, called)
+    fit_weights(model)
+    for layer in layers.values():
+        if layer.act_quantizer is not None:
+            layer.act_quantizer.fit()
+
+
+def fit_weights(model: nn.Module) -> None:
+    """Fill the scales of every weight of ``model`` from that weight; raises UserError naming the layer that has none."""
+    for name, layer in quant_layers(model).items():
         if layer.weight_quantizer is not None:
             with _naming(name, "weight"):
                 layer.weight_quantizer.observe(layer.weight)
             layer.weight_quantizer.fit()
-        if layer.act_quantizer is not None:
-            layer.act_quantizer.fit()
 
 
 def layer_report(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
@@ -66,8 +72,8 @@ def layer_report(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
         rows[name] = _layer_row(name, layers[name], *slots[name], x)
 
     with evaluating(model), full_precision(model), _on_inputs(layers, look):
-        model(images.to(_device(model)))
-    _require_called(layers, set(rows))
+        model(images.to(device_of(model)))
+    require_called(layers, set(rows))
     return [rows[name] for name in layers]
 
 
@@ -82,7 +88,7 @@ def rounded_elements(model: nn.Module, image: Tensor) -> tuple[int, int]:
         acts += x.numel() if layers[name].act_quantizer is not None else 0
 
     with evaluating(model), _on_inputs(layers, count):
-        model(image.to(_device(model)))
+        model(image.to(device_of(model)))
     return weights, acts
 
 
@@ -134,22 +140,9 @@ def _on_inputs(layers: dict[str, QuantLayer], look: Callable[[str, Tensor], None
         yield
 
 
-def _require_called(layers: dict[str, QuantLayer], called: set[str]) -> None:
-    missed = [name for name in layers if name not in called]
-    if missed:
-        raise UserError(
-            f"the model's forward never calls {', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''} (it reads the "
-            f"weight by itself, or leaves the layer out): skip it with '+quant.rules={{{missed[0]}: null}}'."
-        )
-
-
 @contextmanager
 def _naming(name: str, tensor: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
         raise UserError(f"layer {name}, {tensor}: {error}") from error
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qatlab.errors import UserError
 from qatlab.quant.fused import fused_linear
 from qatlab.quant.quantizer import Quantizer
 
@@ -184,3 +185,18 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the parameters of ``model``."""
+    return next(model.parameters()).device
+
+
+def require_called(layers: Iterable[str], called: Container[str]) -> None:
+    """Raise UserError naming the ``layers`` that a forward never ``called``."""
+    missed = [name for name in layers if name not in called]
+    if missed:
+        raise UserError(
+            f"the model's forward never calls {', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''} (it reads the "
+            f"weight by itself, or leaves the layer out): skip it with '+quant.rules={{{missed[0]}: null}}'."
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qatlab.errors import UserError, nearest
 from qatlab.quant.allocate import SLACK, bit_rules
-from qatlab.quant.calibrate import calibrate
+from qatlab.quant.calibrate import fit_weights
 from qatlab.quant.layers import QuantLayer, quant_layers
 from qatlab.quant.sensitivity import gradient_sensitivities, measured_sensitivities
 
@@ -100,11 +100,11 @@ class MixedPrecision:
         sensitivity: dict[str, float] = {}
         for bits in self.candidates:
             model = make({**rules, **{name: {"weight": {"bits": bits}} for name in names}}, act=None, adapter=None)
+            fit_weights(model)
             for name, layer in quant_layers(model).items():
                 if name in errors:
                     errors[name][bits] = _weight_error(layer)
             if bits == probe:
-                calibrate(model, images[:1])
                 sensitivity = measured_sensitivities(model, images)
         return {
             name: {bits: sensitivity[name] * error / max(of[probe], 1e-30) for bits, error in of.items()}
@@ -124,12 +124,9 @@ def _of_weights(rules: Rules) -> Rules:
 
 @torch.no_grad()
 def _weight_error(layer: QuantLayer) -> float:
-    """The squared rounding error of a layer's weight."""
-    quantizer = layer.weight_quantizer
-    assert quantizer is not None
-    quantizer.observe(layer.weight)
-    quantizer.fit()
-    return float((quantizer(layer.weight).double() - layer.weight.double()).square().sum())
+    """The squared rounding error of a layer's weight, its quantizer fitted."""
+    assert layer.weight_quantizer is not None
+    return float((layer.weight_quantizer(layer.weight).double() - layer.weight.double()).square().sum())
 
 
 def _first(batches: Iterable[Tensor], images: int) -> Iterator[Tensor]:

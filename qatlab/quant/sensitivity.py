@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qatlab.errors import UserError
-from qatlab.quant.layers import QuantLayer, evaluating, full_precision, quant_layers
+from qatlab.quant.layers import QuantLayer, device_of, evaluating, full_precision, quant_layers, require_called
 from qatlab.quant.quantizer import Quantizer
 
 
@@ -42,7 +42,7 @@ def gradient_sensitivities(model: nn.Module, batches: Iterable[Tensor], seed: in
         for batch in batches:
             if not len(batch):
                 continue
-            features = F.normalize(model(batch.to(_device(model)).detach().requires_grad_()), dim=-1)
+            features = F.normalize(model(batch.to(device_of(model)).detach().requires_grad_()), dim=-1)
             # One by one: torch draws other numbers for another shape.
             direction = torch.stack([torch.randn(len(row), generator=generator) for row in features]).to(features)
             found = torch.autograd.grad((features * direction).sum(), list(outputs.values()))
@@ -52,7 +52,7 @@ def gradient_sensitivities(model: nn.Module, batches: Iterable[Tensor], seed: in
             outputs.clear()
             images += len(batch)
     _require_images(images)
-    _require_called([name for name in layers if not rows[name]])
+    require_called(layers, {name for name in layers if rows[name]})
     return {
         name: gradient[name]
         / images
@@ -78,7 +78,7 @@ def measured_sensitivities(model: nn.Module, batches: Iterable[Tensor]) -> dict[
         for batch in batches:
             if not len(batch):
                 continue
-            batch = batch.to(_device(model))
+            batch = batch.to(device_of(model))
             exact = F.normalize(model(batch).double(), dim=-1)
             for name, layer in layers.items():
                 with _quantized(layer, *slots[name]):
@@ -130,14 +130,3 @@ def _on_outputs(layers: Mapping[str, QuantLayer], look: Callable[[str, Tensor, T
 def _require_images(images: int) -> None:
     if images == 0:
         raise UserError("there are no images to measure the layers' sensitivities on: give at least one.")
-
-
-def _require_called(missed: list[str]) -> None:
-    if missed:
-        raise UserError(
-            f"the model's forward never calls {missed[0]}: skip it with '+quant.rules={{{missed[0]}: null}}'."
-        )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -26,6 +26,24 @@ def build_visual():
     return tiny_visual
 
 
+def five_steps(model: torch.nn.Module, images: torch.Tensor, lr: float) -> list[float]:
+    """The losses of five steps of all that ``model`` learns."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
+    losses = []
+    for _ in range(5):
+        loss = (model(images) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def train_a_little():
+    return five_steps
+
+
 @pytest.fixture
 def visual() -> torch.nn.Module:
     return tiny_visual()

@@ -125,7 +125,9 @@ def model_of(build_visual: Any, images: Tensor, act: Any = ACT, **more: Any) -> 
     return model.train()
 
 
-def test_it_starts_as_the_model_without_and_only_adapters_and_scales_learn(build_visual: Any, images: Tensor) -> None:
+def test_it_starts_as_the_model_without_and_only_adapters_and_scales_learn(
+    build_visual: Any, images: Tensor, train_a_little: Any
+) -> None:
     without = quantize(build_visual(width=64), WEIGHT, partial(LSQ, 8))
     calibrate(without, [images])
     model = model_of(build_visual, images, partial(LSQ, 8))
@@ -138,14 +140,7 @@ def test_it_starts_as_the_model_without_and_only_adapters_and_scales_learn(build
         "adapter.up",
         "act_quantizer.log_step",
     }
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = (model(images) - 1).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_a_little(model, images, lr=1e-2)
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
 

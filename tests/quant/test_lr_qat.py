@@ -205,25 +205,13 @@ def model_of(build_visual: Any, images: Tensor, **more: Any) -> nn.Module:
     return model.train()
 
 
-def train_a_little(model: nn.Module, images: Tensor) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1, weight_decay=0)
-    losses = []
-    for _ in range(5):
-        loss = (model(images) - 1).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def test_trained_merged_stored_and_loaded(build_visual: Any, images: Tensor) -> None:
+def test_trained_merged_stored_and_loaded(build_visual: Any, images: Tensor, train_a_little: Any) -> None:
     more = {"patch_conv": True, "final_proj": True}
     model = model_of(build_visual, images, **more)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     learned = {name.split("quantizer.")[-1] for name, p in model.named_parameters() if p.requires_grad}
     assert learned == {"log_step", "low_rank.down", "low_rank.up"}
-    losses = train_a_little(model, images)
+    losses = train_a_little(model, images, lr=1e-1)
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
     assert len(verify(model, images)) == 20
