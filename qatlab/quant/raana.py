@@ -11,7 +11,7 @@ from qatlab.errors import UserError, nearest
 from qatlab.quant.hadamard import RandomHadamard
 from qatlab.quant.observers import WeightStatistics
 from qatlab.quant.quantizer import Quantizer, Statistics
-from qatlab.quant.rabitq import rabitq_levels
+from qatlab.quant.rabitq import pieces, rabitq_levels
 
 RESCALES = ("unbiased", "least_squares")
 
@@ -131,11 +131,13 @@ class RaanA(Quantizer):
         return self.levels.to(self.step.dtype) - self.qmax / 2
 
     def _step_of(self, rows: Tensor) -> Tensor:
-        y, rows = self._half_integers().double(), rows.double()
-        inner = (y * rows).sum(1, keepdim=True)
-        square = rows.square().sum(1, keepdim=True)
-        step = square / inner if self.rescale == "unbiased" else inner / y.square().sum(1, keepdim=True)
-        return torch.where(square > 0, step, 0)
+        steps = []
+        for piece in pieces(rows):
+            y, x = self.levels[piece].double().sub_(self.qmax / 2), rows[piece].double()
+            inner, square = torch.linalg.vecdot(x, y), torch.linalg.vecdot(x, x)
+            step = square / inner if self.rescale == "unbiased" else inner / torch.linalg.vecdot(y, y)
+            steps.append(torch.where(square > 0, step, 0))
+        return torch.cat(steps).unsqueeze(1)
 
     def _twin(self) -> Tensor:
         twin = self.rotation.inverse(self._half_integers() * self.step) + self.mean

@@ -26,9 +26,21 @@ def rabitq_levels(rows: Tensor, bits: int) -> Tensor:
     high-dimensional vectors"). ``bits`` is 1 to 8. A row of zeros has all its levels at 2^(b-1).
     """
     top = 2 ** (bits - 1) - 1
-    unit = rows.abs().float() / rows.float().norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    magnitudes = (unit * best_scales(unit, top).float().unsqueeze(1)).floor_().clamp_(max=top)
-    return torch.where(rows < 0, top - magnitudes, top + 1 + magnitudes).to(torch.uint8)
+    unit = rows.float().abs()
+    unit.div_(torch.linalg.vector_norm(unit, dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
+    scales = best_scales(unit, top).float().unsqueeze(1)
+    levels = torch.empty_like(rows, dtype=torch.uint8)
+    for piece in pieces(rows):
+        magnitudes = unit[piece].mul_(scales[piece]).floor_().clamp_(max=top)
+        torch.where(rows[piece] < 0, top - magnitudes, magnitudes.add(top + 1), out=magnitudes)
+        levels[piece] = magnitudes
+    return levels
+
+
+def pieces(rows: Tensor) -> list[slice]:
+    """Return slices of some of the ``rows`` (n, d) each, which a core's cache holds."""
+    step = max(1, PIECE // rows.shape[1])
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
 def best_scales(unit: Tensor, top: int) -> Tensor:
