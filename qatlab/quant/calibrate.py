@@ -47,7 +47,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def fit_weights(model: nn.Module) -> None:
-    """Fill the scales of every weight of ``model`` from that weight; raises UserError naming the layer that has none."""
+    """Fill the scales of every weight of ``model`` from that weight; raises UserError naming the layer on NaN or infinite ones."""
     for name, layer in quant_layers(model).items():
         if layer.weight_quantizer is not None:
             with _naming(name, "weight"):

@@ -127,20 +127,20 @@ class RaanA(Quantizer):
         """Return the options shown by ``print(model)``."""
         return f"bits={self.bits}, rescale={self.rescale}, centralize={self.centralize}, kept={self.kept}"
 
-    def _half_integers(self) -> Tensor:
-        return self.levels.to(self.step.dtype) - self.qmax / 2
+    def _half_integers(self, levels: Tensor) -> Tensor:
+        return levels.to(self.step.dtype) - self.qmax / 2
 
     def _step_of(self, rows: Tensor) -> Tensor:
         steps = []
-        for piece in pieces(rows):
-            y, x = self.levels[piece].double().sub_(self.qmax / 2), rows[piece].double()
+        for piece in pieces(*rows.shape):
+            y, x = self._half_integers(self.levels[piece]).double(), rows[piece].double()
             inner, square = torch.linalg.vecdot(x, y), torch.linalg.vecdot(x, x)
             step = square / inner if self.rescale == "unbiased" else inner / torch.linalg.vecdot(y, y)
             steps.append(torch.where(square > 0, step, 0))
         return torch.cat(steps).unsqueeze(1)
 
     def _twin(self) -> Tensor:
-        twin = self.rotation.inverse(self._half_integers() * self.step) + self.mean
+        twin = self.rotation.inverse(self._half_integers(self.levels) * self.step) + self.mean
         twin[self.kept_channels] = self.kept_weight
         return twin
 

@@ -30,17 +30,17 @@ def rabitq_levels(rows: Tensor, bits: int) -> Tensor:
     unit.div_(torch.linalg.vector_norm(unit, dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
     scales = best_scales(unit, top).float().unsqueeze(1)
     levels = torch.empty_like(rows, dtype=torch.uint8)
-    for piece in pieces(rows):
+    for piece in pieces(*rows.shape):
         magnitudes = unit[piece].mul_(scales[piece]).floor_().clamp_(max=top)
         torch.where(rows[piece] < 0, top - magnitudes, magnitudes.add(top + 1), out=magnitudes)
         levels[piece] = magnitudes
     return levels
 
 
-def pieces(rows: Tensor) -> list[slice]:
-    """Return slices of some of the ``rows`` (n, d) each, which a core's cache holds."""
-    step = max(1, PIECE // rows.shape[1])
-    return [slice(start, start + step) for start in range(0, len(rows), step)]
+def pieces(n: int, d: int) -> list[slice]:
+    """Return slices of n rows of d elements, each of as many as a core's cache holds."""
+    step = max(1, PIECE // d)
+    return [slice(start, start + step) for start in range(0, n, step)]
 
 
 def best_scales(unit: Tensor, top: int) -> Tensor:
@@ -101,9 +101,7 @@ def _refine(low: Point, high: Point, cosine: Tensor) -> tuple[Tensor, Tensor]:
 def _products(unit: Tensor, row: Tensor, t: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Return <y(t), o> and |y(t)|^2, float64, for each pair of a row's number and a scale."""
     inner, square = torch.empty_like(t), torch.empty_like(t)
-    step = max(1, PIECE // unit.shape[1])
-    for start in range(0, len(row), step):
-        piece = slice(start, start + step)
+    for piece in pieces(len(row), unit.shape[1]):
         scale = t[piece].float().unsqueeze(1)
         x = unit.index_select(0, row[piece]).mul_(scale)
         y = x.floor().clamp_(max=top).add_(0.5)

@@ -66,8 +66,8 @@ def gradient_sensitivities(model: nn.Module, batches: Iterable[Tensor], seed: in
 def measured_sensitivities(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
     """Return the mean of 1 - cosine of the features, with one layer quantized to those of full precision, by layer name.
 
-    ``batches`` are normalised images (B, 3, S, S). ``model`` is calibrated and every layer is looked at with its own
-    quantizers, weight and activation: for a choice among bits it is made and measured once for each number of them. A
+    ``batches`` are normalised images (B, 3, S, S). The quantizers of ``model`` are fitted, and every layer is looked at
+    with its own, weight and activation: for a choice among bits it is made and measured once for each number of them. A
     batch costs one forward per layer and one more; nothing is kept but sums, float64. Raises UserError when there are no
     images.
     """
