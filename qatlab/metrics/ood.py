@@ -1,15 +1,18 @@
-"""Scores that tell in-distribution (ID) from out-of-distribution (OOD) images, and how well they do."""
+"""Scores that tell in-distribution (ID) from out-of-distribution (OOD) images, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from qatlab.metrics.calibration import softmax_peak
+from qatlab.metrics.calibration import blocks, softmax_peak
+from qatlab.metrics.features import knn, mahalanobis, vim
+from qatlab.metrics.glmcm import gl_mcm
+from qatlab.metrics.neglabel import generic_negative, neglabel
 
 
 def msp(cosines: Tensor, logit_scale: float) -> Tensor:
@@ -31,6 +34,23 @@ def max_logit(cosines: Tensor) -> Tensor:
     return cosines.amax(dim=1).double()
 
 
+def entropy(cosines: Tensor, logit_scale: float) -> Tensor:
+    """Return minus the entropy of softmax(s c), (N,) float64 in −log C..0 nats, of ``cosines`` (N, C).
+
+    MCM's code compares with it, at a scale of 1 (Ming et al. 2022).
+    """
+    values = []
+    for rows in blocks(cosines):
+        gaps = cosines[rows].double()
+        top, best = gaps.max(dim=1, keepdim=True)
+        gaps = (gaps - top).mul_(logit_scale)
+        # Σ over all classes but the top one, whose own term is 1: certain images would tie in log(1 + Σ)
+        others = gaps.exp().scatter_(1, best, 0.0)
+        mass = others.sum(dim=1)
+        values.append((others * gaps).sum(dim=1) / (1 + mass) - mass.log1p())
+    return torch.cat(values)
+
+
 def mcm(cosines: Tensor, temperature: float = 1.0) -> Tensor:
     """Return max_k softmax(c / τ)_k, (N,) float64, of raw ``cosines`` (N, C). Ming et al. 2022, eq. 1.
 
@@ -40,64 +60,44 @@ def mcm(cosines: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 SCORES: dict[str, Callable[..., Tensor]] = {"msp": msp, "energy": energy, "max_logit": max_logit, "mcm": mcm}
-"""Name -> function of (cosines (N, C), ...) giving (N,) float64, higher = more in-distribution.
+"""The scores of every evaluation: name -> function of (cosines (N, C), ...) giving (N,) float64."""
 
-A score asks for what it needs by the names of its further parameters: ``logit_scale``, ``temperature``.
+ALL_SCORES: dict[str, Callable[..., Tensor]] = SCORES | {
+    "entropy": entropy,
+    "gl_mcm": gl_mcm,
+    "neglabel": neglabel,
+    "generic_negative": generic_negative,
+    "mahalanobis": mahalanobis,
+    "knn": knn,
+    "vim": vim,
+}
+"""Every score: name -> function giving (N,) float64, higher = more in-distribution.
+
+A score asks for what it needs by the names of its parameters: ``cosines`` (N, C) to the ID classes; the settings
+``logit_scale`` and ``temperature``; ``features`` (N, D), unit rows; ``local`` (N,) of ``glmcm.local_mcm``; ``negatives``, the
+``neglabel.NegLabels``; ``generic`` (K, D), encoded prompts of no class; and what was fitted on ID images that are not
+scored: ``gaussian``, ``neighbours``, ``subspace`` (``features.fit_*``).
 """
 
 
-def score_images(names: Iterable[str], cosines: Tensor, logit_scale: float, temperature: float) -> dict[str, Tensor]:
-    """Return {name: (N,) float64 score} for the named ``SCORES``, each given those of the settings that it asks for."""
-    settings = {"logit_scale": logit_scale, "temperature": temperature}
+def inputs_of(names: Iterable[str]) -> set[str]:
+    """Return what the named ``ALL_SCORES`` need together, by the names above; a parameter with a default is no need."""
+    asked = (parameter for name in names for parameter in signature(ALL_SCORES[name]).parameters.values())
+    return {parameter.name for parameter in asked if parameter.default is Parameter.empty}
+
+
+def score_images(
+    names: Iterable[str], cosines: Tensor, logit_scale: float, temperature: float, **inputs: Any
+) -> dict[str, Tensor]:
+    """Return {name: (N,) float64 score} for the named ``ALL_SCORES``, each given those of the inputs that it asks for.
+
+    Raises ValueError when a score needs what is not there.
+    """
+    given = {"cosines": cosines, "logit_scale": logit_scale, "temperature": temperature, **inputs}
     scored = {}
     for name in names:
-        asked_for = signature(SCORES[name]).parameters.keys() & settings.keys()
-        scored[name] = SCORES[name](cosines, **{key: settings[key] for key in asked_for})
+        if missing := sorted(inputs_of([name]) - given.keys()):
+            raise ValueError(f"the score {name!r} needs {', '.join(missing)}")
+        score = ALL_SCORES[name]
+        scored[name] = score(**{key: given[key] for key in signature(score).parameters.keys() & given.keys()})
     return scored
-
-
-def auroc(id_scores: Any, ood_scores: Any) -> float:
-    """Return P(ID score > OOD score) + ½ P(equal), the area under the ROC curve, exact in float64.
-
-    ``id_scores`` (N,), ``ood_scores`` (M,), arrays or tensors, higher = more in-distribution, on any scale: 0.5 is
-    chance and below 0.5 stays below. Mann & Whitney 1947. Raises ValueError on an empty or non-finite input.
-    """
-    inside, outside = _sorted(id_scores, "ID"), _sorted(ood_scores, "OOD")
-    below = np.searchsorted(outside, inside, side="left").sum()
-    not_above = np.searchsorted(outside, inside, side="right").sum()
-    return float(int(below) + int(not_above)) / (2 * len(inside) * len(outside))
-
-
-def fpr95_id_pos(id_scores: Any, ood_scores: Any) -> float:
-    """Return the fraction of OOD images accepted at the highest threshold that accepts at least 95 % of the ID images.
-
-    ID is the positive class, as in the code of MCM and NegLabel. Arguments and errors as for ``auroc``.
-    """
-    inside, outside = _sorted(id_scores, "ID"), _sorted(ood_scores, "OOD")
-    threshold = inside[len(inside) - _at_least_95_percent(len(inside))]
-    return float(np.mean(outside >= threshold))
-
-
-def fpr95_ood_pos(id_scores: Any, ood_scores: Any) -> float:
-    """Return the fraction of ID images flagged at the lowest threshold that flags at least 95 % of the OOD images.
-
-    OOD is the positive class, as in OpenOOD 1.5 and torch-uncertainty. Arguments and errors as for ``auroc``.
-    """
-    inside, outside = _sorted(id_scores, "ID"), _sorted(ood_scores, "OOD")
-    threshold = outside[_at_least_95_percent(len(outside)) - 1]
-    return float(np.mean(inside <= threshold))
-
-
-def _at_least_95_percent(n: int) -> int:
-    """Return the smallest k with k/n >= 0.95, exactly."""
-    return -(-95 * n // 100)
-
-
-def _sorted(scores: Any, side: str) -> np.ndarray:
-    values = np.asarray(scores.cpu() if isinstance(scores, Tensor) else scores, dtype=np.float64).ravel()
-    if not len(values):
-        raise ValueError(f"there are no {side} scores")
-    bad = int((~np.isfinite(values)).sum())
-    if bad:
-        raise ValueError(f"{bad} of {len(values)} {side} scores are NaN or infinite")
-    return np.sort(values)

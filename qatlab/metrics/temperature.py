@@ -13,12 +13,13 @@ from qatlab.metrics.calibration import blocks, check_labels, softmax_peak
 
 
 class Fit(NamedTuple):
-    """The fitted ``logit_scale``, the mean NLL in nats before and after, and whether the scale ended at a bound."""
+    """The fitted ``logit_scale``, the mean NLL in nats before and after, whether the scale ended at a bound, on how many images."""
 
     logit_scale: float
     nll_before: float
     nll_after: float
     at_bound: bool
+    images: int
 
 
 def fit_logit_scale(
@@ -45,7 +46,7 @@ def fit_logit_scale(
     else:
         scale, at_bound = math.exp(brentq(slope, math.log(low), math.log(high), xtol=1e-12)), False
     before, after = (_nll(cosines, targeted, value) for value in (current, scale))
-    return Fit(scale, before, after, at_bound)
+    return Fit(scale, before, after, at_bound, len(cosines))
 
 
 def _target_cosine(cosines: Tensor, targets: Tensor) -> Tensor:

@@ -7,13 +7,8 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from qatlab.metrics.calibration import (
-    confidence_gap,
-    expected_calibration_error,
-    reliability_bins,
-    score_zero_shot,
-    softmax_peak,
-)
+from qatlab.metrics.bins import reliability_bins
+from qatlab.metrics.calibration import confidence_gap, expected_calibration_error, score_zero_shot, softmax_peak
 
 
 def images(n: int = 400, classes: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

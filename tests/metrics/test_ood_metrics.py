@@ -5,11 +5,15 @@ from itertools import product
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from torchmetrics.functional.classification import binary_auroc
 
-from qatlab.metrics.ood import SCORES, auroc, energy, fpr95_id_pos, fpr95_ood_pos, mcm, msp, score_images
+from qatlab.metrics.detection import auroc, fpr95_id_pos, fpr95_ood_pos
+from qatlab.metrics.ood import ALL_SCORES, SCORES, energy, entropy, inputs_of, mcm, msp, score_images
+
+OF_COSINES = [name for name in ALL_SCORES if inputs_of([name]) <= {"cosines", "logit_scale"}]
 
 
 def plainly(name: str, cosines: list[float], scale: float, temperature: float) -> float:
@@ -19,10 +23,14 @@ def plainly(name: str, cosines: list[float], scale: float, temperature: float) -
         return 1 / math.fsum(math.exp(softmax[name] * (c - max(cosines))) for c in cosines)
     if name == "energy":
         return math.log(math.fsum(math.exp(scale * c) for c in cosines)) / scale
+    if name == "entropy":
+        gaps = sorted(scale * (c - max(cosines)) for c in cosines)
+        others = math.fsum(math.exp(gap) for gap in gaps[:-1])
+        return math.fsum(math.exp(gap) * gap for gap in gaps) / (1 + others) - math.log1p(others)
     return {"max_logit": max(cosines)}[name]
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", OF_COSINES)
 @pytest.mark.parametrize(("scale", "temperature"), [(100.0, 1.0), (17.0, 0.01)])
 def test_scores_match_brute_force_in_value_and_order(name, scale, temperature):
     cosines = 0.2 + 0.05 * torch.randn(300, 37, generator=torch.Generator().manual_seed(0))
@@ -33,7 +41,7 @@ def test_scores_match_brute_force_in_value_and_order(name, scale, temperature):
     assert torch.equal(scores.argsort(), expected.argsort())
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", OF_COSINES)
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 100.0, 1e6])
 def test_scores_are_finite_on_extreme_cosines(name, scale):
     values = torch.tensor([-1.0, 0.0, 1.0, 1e-30])
@@ -42,7 +50,7 @@ def test_scores_are_finite_on_extreme_cosines(name, scale):
         assert torch.isfinite(score_images([name], cosines, scale, temperature)[name]).all()
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", OF_COSINES)
 def test_a_clear_winner_scores_higher_than_a_flat_image(name):
     cosines = torch.tensor([[0.35, 0.1, 0.1], [0.2, 0.2, 0.2]])
     clear, flat = score_images([name], cosines, 100.0, 1.0)[name]
@@ -61,6 +69,34 @@ def test_msp_and_energy_follow_the_logit_scale():
     assert msp(cosines, 10.0) < msp(cosines, 100.0)
     assert float(energy(cosines, 1e5)) == pytest.approx(0.3, abs=1e-5)
     torch.testing.assert_close(mcm(cosines, 0.02), msp(cosines, 50.0))
+
+
+def test_entropy_lies_between_a_certain_and_an_even_image():
+    cosines = torch.tensor([[1.0, -1.0, -1.0], [0.3, 0.3, 0.3]])
+    torch.testing.assert_close(entropy(cosines, 1e3), torch.tensor([0.0, -math.log(3)], dtype=torch.float64))
+    chances = (20 * torch.randn(50, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).softmax(1)
+    torch.testing.assert_close(entropy(chances.log(), 1.0), -torch.tensor(scipy.stats.entropy(chances, axis=1)))
+    certain = torch.tensor([[0.3 + step / 100, 0.0] for step in range(40)])
+    assert (entropy(certain, 100.0).diff() > 0).all()
+
+
+def test_a_score_says_what_it_needs():
+    assert list(SCORES) == ["msp", "energy", "max_logit", "mcm"]
+    assert [*SCORES, "entropy"] == OF_COSINES
+    assert inputs_of(["max_logit"]) == {"cosines"}
+    assert inputs_of(["mcm", "gl_mcm"]) == {"cosines", "local"}
+    assert inputs_of(ALL_SCORES) == {
+        *("cosines", "logit_scale", "features", "local", "negatives", "generic", "gaussian", "neighbours", "subspace")
+    }
+
+
+def test_a_score_is_given_what_it_asks_for():
+    cosines = torch.tensor([[0.3, 0.2], [0.1, 0.2]])
+    scored = score_images(["gl_mcm", "mcm"], cosines, 100.0, 0.5, local=torch.ones(2), local_weight=3.0, generic=None)
+    torch.testing.assert_close(scored["gl_mcm"], mcm(cosines, 0.5) + 3)
+    assert list(scored) == ["gl_mcm", "mcm"]
+    with pytest.raises(ValueError, match="the score 'neglabel' needs features, negatives"):
+        score_images(["msp", "neglabel"], cosines, 100.0, 1.0)
 
 
 def pairs():
