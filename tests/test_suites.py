@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,13 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+import webdataset
 from PIL import Image
 
 from qatlab import clip as clips
 from qatlab.clip import Clip
-from qatlab.config import ModelConfig, SetConfig, SuiteConfig
+from qatlab.config import ModelConfig, SetConfig, SuiteConfig, compose, recipe_files
 from qatlab.data import TextTable
+from qatlab.data.check import check_suite
+from qatlab.data.classlists import load_class_list
+from qatlab.data.corruptions import Corrupt
 from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet
+from qatlab.data.entries import reference_of
+from qatlab.data.opening import SetFiles
+from qatlab.data.prompts import prompts
 from qatlab.data.suites import ROLES, Suite, build_suite
 from qatlab.errors import UserError
 
@@ -85,7 +93,7 @@ def seen(built: Suite, rank: int = 0, world: int = 1) -> dict[str, list[tuple[in
 
 def test_an_embedded_suite_holds_the_worlds_images(four: Suite) -> None:
     assert four.images == 5 * 20
-    assert four.classes["id"].names == CLASS_NAMES
+    assert four.heads["id"].classes.names == CLASS_NAMES
     for name, items in seen(four).items():
         world = EmbeddedSet(name, 20)
         expected = [(i, world[i][1], tuple(world[i][0][:, 0, 0].tolist())) for i in range(20)]
@@ -103,20 +111,20 @@ def test_folders_hold_their_images_with_the_classes_labels(shapes: Suite) -> Non
 
 
 def test_two_slices_cover_each_image_once(shapes: Suite, root: Path) -> None:
-    files = Counter(file for entry in shapes.sets[:2] for file in entry.images.images.files)
-    assert files == Counter(path.relative_to(root / "shapes") for path in (root / "shapes").rglob("*.png"))
+    files = Counter(name for entry in shapes.sets[:2] for name in entry.images.images.names)
+    assert files == Counter(path.relative_to(root / "shapes").as_posix() for path in (root / "shapes").rglob("*.png"))
 
 
 def test_a_set_is_measured_against_its_own_or_the_first_id_set(clip: Clip, root: Path) -> None:
     sets = {
         "first": SetConfig("shapes", "id"),
-        "second": SetConfig("shapes", "id"),
+        "second": SetConfig("shapes", "id", pick="0::2"),
         "flat": SetConfig("flat", "far_ood"),
         "again": SetConfig("flat", "near_ood", reference="second"),
     }
     built = suite(clip, sets, root=str(root))
     assert [entry.source.reference for entry in built.sets] == ["first", "second", "first", "second"]
-    assert set(built.classes) == {"first", "second"}
+    assert set(built.heads) == {"first", "second"}
 
 
 # -- who sees what ---------------------------------------------------------------------------------------------------
@@ -261,14 +269,14 @@ def test_class_names_come_from_a_file(clip: Clip, root: Path, tmp_path: Path, fi
     }[file]
     (tmp_path / file).write_text(content)
     built = suite(clip, {"shapes": SetConfig("shapes", "id")}, root=str(root), class_names=str(tmp_path / file))
-    assert built.classes["shapes"].names == NAMES
+    assert built.heads["shapes"].classes.names == NAMES
 
 
 def test_class_names_come_with_the_text_features(root: Path) -> None:
     clip = clips.load(ModelConfig())
     clip.text_table = TextTable(torch.eye(3, 64), NAMES, "test")
     built = suite(clip, {"shapes": SetConfig("shapes", "id")}, root=str(root), class_names=None)
-    assert built.classes["shapes"].names == NAMES
+    assert built.heads["shapes"].classes.names == NAMES
     assert {label for _, label, _ in seen(built)["shapes"]} == {0, 1, 2}
 
 
@@ -311,3 +319,260 @@ def test_a_mistake_is_told_in_a_sentence(
 ) -> None:
     with pytest.raises(UserError, match=message):
         suite(clip, sets, root=str(root), **options)
+
+
+# -- class lists and subsets -----------------------------------------------------------------------------------------
+
+IMAGENET = load_class_list("imagenet1k")
+TEN = load_class_list("imagenet10")
+
+
+def grey(file: Path, value: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), (value % 256, value // 256, 0)).save(file)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``val``: an image for each of ImageNet's first 400 classes, red and green telling which; ``v2``: as numbers."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    for row, wnid in enumerate(IMAGENET.folders[:400]):
+        grey(folder / "val" / wnid / "0.png", row)
+        if row < 30:
+            grey(folder / "v2" / str(row) / "0.png", row)
+    for row in load_class_list("imagenet_r").rows[:20]:
+        grey(folder / "r" / IMAGENET.folders[row] / "art.png", row)
+    return folder
+
+
+@pytest.fixture
+def table_clip() -> Clip:
+    """Without a text tower: ImageNet's 1000 rows."""
+    clip = clips.load(ModelConfig())
+    clip.text_table = TextTable(torch.nn.functional.normalize(torch.randn(1000, 64)), IMAGENET.names, "table")
+    return clip
+
+
+def shown(built: Suite) -> dict[str, list[tuple[int, int]]]:
+    """(class that the pixels show, label) of every image."""
+    return {name: [(p[0] + 256 * p[1], label) for _, label, p in items] for name, items in seen(built).items()}
+
+
+def test_subsets_are_read_out_of_the_whole_and_labelled_by_their_reference(table_clip: Clip, imagenet: Path) -> None:
+    sets = {
+        "all": SetConfig("val", "id", classes="imagenet1k"),
+        "v2": SetConfig("v2", "shifted"),
+        "r": SetConfig("r", "shifted", classes="imagenet_r"),
+        "ten": SetConfig("val", "id", classes="imagenet10"),
+        "ten_fit": SetConfig("val", "calibration", reference="ten"),
+        "twenty": SetConfig("val", "near_ood", reference="ten", classes="imagenet20"),
+        "x": SetConfig("val", "id", classes="imagenet_x_id"),
+        "x_ood": SetConfig("val", "near_ood", reference="x", classes="imagenet_x_ood"),
+    }
+    built = suite(table_clip, sets, root=str(imagenet), class_names=None)
+    images = shown(built)
+    assert images["all"] == [(row, row) for row in range(400)]
+    # "10" lies before "2" on disk
+    assert sorted(images["v2"]) == [(row, row) for row in range(30)]
+    released = load_class_list("imagenet_r").rows
+    assert images["r"] == [(row, row) for row in released[:20]]
+    assert {e.source.name: e.rows for e in built.sets if e.rows} == {"r": released}
+    inside = [(row, label) for label, row in enumerate(TEN.rows) if row < 400]
+    assert images["ten"] == images["ten_fit"] == inside
+    assert images["twenty"] == [(row, -1) for row in load_class_list("imagenet20").rows if row < 400]
+    halves = [row for row, _ in images["x"]] + [row for row, _ in images["x_ood"]]
+    assert sorted(halves) == list(range(400))
+    # a table's rows, by number: its names differ from ImageNet-10's, and two of ImageNet's are one
+    assert torch.equal(built.heads["ten"].classes.features, table_clip.text_table.features[TEN.rows])  # type: ignore[union-attr]
+    assert built.heads["ten"].classes.names == [IMAGENET.names[row] for row in TEN.rows]
+    assert {name: len(head.classes.names) for name, head in built.heads.items()} == {"all": 1000, "ten": 10, "x": 500}
+
+
+def test_shared_data_is_read_as_its_suites_say(table_clip: Clip, shared_data: Path) -> None:
+    """With the lists' own classes every class folder of the real images finds its label."""
+    sets = {
+        "imagenet": SetConfig(["nowhere", "imagenet1k"], "id", classes="imagenet1k"),
+        "x": SetConfig("imagenet1k", "id", classes="imagenet_x_id"),
+        "x_ood": SetConfig("imagenet1k", "near_ood", reference="x", classes="imagenet_x_ood"),
+        "tiny": SetConfig("tinyimagenet", "shifted", classes="tinyimagenet"),
+        "dtd": SetConfig("dtd10", "far_ood"),
+        "dtd_clean": SetConfig("dtd10", "far_ood", classes="dtd_clean"),
+    }
+    built = suite(table_clip, sets, root=str(shared_data), class_names=None)
+    assert {e.source.name: len(e.images) for e in built.sets} == {
+        "imagenet": 1000, "x": 500, "x_ood": 500, "tiny": 2000, "dtd": 500, "dtd_clean": 400,
+    }  # fmt: skip
+    entries = {entry.source.name: entry for entry in built.sets}
+    assert entries["imagenet"].images.images.labels == list(range(1000))
+    assert [*dict.fromkeys(entries["tiny"].images.images.labels)] == entries["tiny"].rows
+    assert len({entry.source.definition for entry in built.sets}) == len(sets)
+
+
+@pytest.mark.parametrize("form", ["release", "backgrounds", "sides", "manifest"])
+def test_common_and_counter_images_of_every_layout(table_clip: Clip, tmp_path: Path, form: str) -> None:
+    """Row 9 is the ostrich (ground, water), row 296 the ice bear (snow, grass)."""
+    classes = {9: ("ostrich", "ground", "water"), 296: ("ice bear", "snow", "grass")}
+    lines = ["path,class,group"]
+    for row, (name, common, counter) in classes.items():
+        for side, background in (("common", common), ("counter", counter)):
+            folder = {
+                "release": f"{row} {name}/{side}-{background}",
+                "backgrounds": f"{name.replace(' ', '_')}/{background}",
+                "sides": f"{side}/{IMAGENET.folders[row]}",
+                "manifest": "all",
+            }[form]
+            for i in range(1 + (side == "common")):
+                file = f"{folder}/{side}{row}_{i}.png"
+                grey(tmp_path / "animals" / file, row)
+                lines.append(f"{file},{name},{side}")
+    grey(tmp_path / "val" / "n01440764" / "0.png", 0)
+    (tmp_path / "animals" / "list.csv").write_text("\n".join(lines))
+    path = "animals/list.csv" if form == "manifest" else "animals"
+    sets = {
+        "val": SetConfig("val", "id", classes="imagenet1k"),
+        "common": SetConfig(path, "common", classes="counteranimal"),
+        "counter": SetConfig(path, "counter", classes="counteranimal"),
+    }
+    images = shown(suite(table_clip, sets, root=str(tmp_path), class_names=None))
+    # 1 vs 1000: labels and head are the reference's
+    assert sorted(images["common"]) == [(9, 9), (9, 9), (296, 296), (296, 296)]
+    assert sorted(images["counter"]) == [(9, 9), (296, 296)]
+    if form == "backgrounds":
+        sets["common"] = SetConfig(path, "common")
+        with pytest.raises(UserError, match=r"no image's group is called common \(found grass, ground, snow, water\)"):
+            suite(table_clip, sets, root=str(tmp_path), class_names=None)
+
+
+def webdataset_folder(folder: Path, names: list[str]) -> None:
+    (folder / "test").mkdir(parents=True)
+    with webdataset.TarWriter(str(folder / "test" / "0.tar")) as tar:
+        for i, _ in enumerate(names):
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 64), (i, 0, 0)).save(picture, "PNG")
+            tar.write({"__key__": str(i), "png": picture.getvalue(), "cls": i})
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "classnames.txt").write_text("\n".join(names))
+    (folder / "zeroshot_classification_templates.txt").write_text("a picture of a {c}\n")
+
+
+def test_a_webdataset_brings_its_classes_and_prompts(clip: Clip, tmp_path: Path) -> None:
+    webdataset_folder(tmp_path / "wds", NAMES)
+    config = {"root": str(tmp_path), "class_names": None}
+    own = suite(clip, {"wds": SetConfig("wds", "id", prompts="own")}, **config)
+    assert own.heads["wds"].classes.names == NAMES
+    assert own.heads["wds"].classes.prompts == "a picture of a {}"
+    assert [label for _, label, _ in seen(own)["wds"]] == [0, 1, 2]
+    plain = suite(clip, {"wds": SetConfig("wds", "id")}, **config)
+    expected = suite(clip, {"wds": SetConfig("wds", "id")}, **config, templates=["a picture of a {}"])
+    assert not torch.equal(plain.heads["wds"].classes.features, own.heads["wds"].classes.features)
+    assert torch.equal(expected.heads["wds"].classes.features, own.heads["wds"].classes.features)
+    turned = suite(clip, {"wds": SetConfig("wds", "id")}, **{**config, "class_names": NAMES[::-1]})
+    assert [label for _, label, _ in seen(turned)["wds"]] == [2, 1, 0]
+
+
+def test_accuracy_and_ood_scores_may_have_their_own_prompts(clip: Clip, root: Path, tmp_path: Path) -> None:
+    def built(**options: Any) -> Suite:
+        return suite(clip, {"shapes": SetConfig("shapes", "id", **options)}, root=str(root))
+
+    webdataset_folder(tmp_path / "wds", NAMES)
+    one, two = built(), built(ood_prompts="single")
+    assert one.ood_heads == {}
+    assert two.heads["shapes"].classes.prompts == "a photo of a {}"
+    assert two.ood_heads["shapes"].classes.prompts == "single"
+    assert two.ood_heads["shapes"].classes.names == NAMES
+    assert two.sets[0].source.definition != one.sets[0].source.definition
+    with pytest.raises(
+        UserError, match=r"^suite\.sets\.shapes\.prompts=imagnet80 is neither a template .*did you mean 'imagenet80'"
+    ):
+        built(prompts="imagnet80")
+    with pytest.raises(UserError, match=r"suite\.sets\.shapes\.ood_prompts=own, but no templates lie beside the set"):
+        built(ood_prompts="own")
+
+
+def test_a_set_may_be_corrupted_as_it_is_read(clip: Clip, root: Path) -> None:
+    fog = {"name": "fog", "severity": 3}
+    sets = {
+        "shapes": SetConfig("shapes", "id"),
+        "fog": SetConfig("shapes", "shifted", corruption=fog),
+        "again": SetConfig("shapes", "shifted", corruption={**fog, "seed": 1}),
+    }
+    built = suite(clip, sets, root=str(root))
+    clean, foggy, again = (entry.images.images for entry in built.sets)
+    assert foggy.labels == clean.labels
+    assert len({clean.content(), foggy.content(), again.content()}) == 3
+    expected = Corrupt("fog", 3).fit(clip.preprocess, clean.raw(2), clean.names[2])
+    assert torch.equal(foggy[2][0], expected)
+    assert not torch.equal(foggy[2][0], clean[2][0])
+    assert not torch.equal(foggy[2][0], again[2][0])
+    for corruption, message in (
+        ({"name": "fog"}, r"suite\.sets\.fog\.corruption has no severity"),
+        ({**fog, "sed": 1}, r"suite\.sets\.fog\.corruption\.sed is not an option \(did you mean 'seed'\?\)"),
+        ({**fog, "name": "frog"}, r"The corruption 'frog' is unknown"),
+    ):
+        with pytest.raises(UserError, match=message):
+            suite(clip, {**sets, "fog": SetConfig("shapes", "shifted", corruption=corruption)}, root=str(root))
+
+
+# -- twins, and sets that are not there --------------------------------------------------------------------------------
+
+
+def test_the_same_images_may_have_two_roles_but_not_one_twice(clip: Clip, root: Path) -> None:
+    twice = {
+        "a": SetConfig("shapes", "id"),
+        "far": SetConfig("flat", "far_ood"),
+        "near": SetConfig("flat", "near_ood"),
+        "b": SetConfig("shapes", "id", pick="::2"),
+        "other": SetConfig("flat", "far_ood", reference="b"),
+    }
+    built = suite(clip, twice, root=str(root))
+    contents = {entry.source.name: entry.images.images.content() for entry in built.sets}
+    assert contents["far"] == contents["near"] == contents["other"] != contents["a"]
+    with pytest.raises(UserError, match=r"sets\.far and suite\.sets\.again are the same images in the same role"):
+        suite(clip, {**twice, "again": SetConfig(["nowhere", "flat"], "far_ood")}, root=str(root))
+    with pytest.raises(UserError, match=r"sets\.a and suite\.sets\.again are the same images in the same role \(id\)"):
+        suite(clip, {**twice, "again": SetConfig("shapes", "id")}, root=str(root))
+
+
+def test_sets_that_are_not_there_are_left_out_only_when_asked(clip: Clip, root: Path) -> None:
+    sets = {
+        "shapes": SetConfig("shapes", "id"),
+        "gone": SetConfig(["gone", "lost/gone"], "far_ood"),
+        "other": SetConfig("vanished", "id"),
+        "hanging": SetConfig("flat", "far_ood", reference="other"),
+    }
+    with pytest.raises(
+        UserError, match=r"sets\.gone: gone is not there \(nor lost/gone\); .*skip_missing=true leaves it"
+    ):
+        suite(clip, sets, root=str(root))
+    built = suite(clip, sets, root=str(root), skip_missing=True)
+    assert [entry.source.name for entry in built.sets] == ["shapes"]
+    assert built.skipped == {
+        "gone": f"looked for gone, lost/gone below {root}",
+        "other": f"looked for vanished below {root}",
+        "hanging": "its reference other is not there",
+    }
+    assert [entry.source.name for entry in built.probe(["shapes", "gone"], 4).sets] == ["shapes"]
+    with pytest.raises(UserError, match=r"None of the suite's id sets is there"):
+        suite(clip, {"other": sets["other"]}, root=str(root), skip_missing=True)
+
+
+def test_an_absent_default_reference_gives_no_other_one(clip: Clip, root: Path) -> None:
+    """What a set is measured against must not depend on what is on the disk."""
+    sets = {"first": SetConfig("gone", "id"), "second": SetConfig("shapes", "id"), "flat": SetConfig("flat", "far_ood")}
+    built = suite(clip, sets, root=str(root), skip_missing=True)
+    assert [entry.source.name for entry in built.sets] == ["second"]
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_files("suite") if name not in ("folders", "embedded")])
+def test_a_packaged_suite_has_roles_references_and_lists_that_are_there(name: str) -> None:
+    config = compose(f"suite={name}").suite
+    choose = SetFiles(config)
+    for entry, options in config.sets.items():
+        assert config.sets[reference_of(entry, config)].role == "id"
+        assert choose.tried(entry)
+        listed = choose.listed(options)
+        assert listed is not None or options.role != "id"
+        for chosen in filter(None, (options.prompts, options.ood_prompts)):
+            assert prompts(chosen).templates
+    assert {*(config.probe_sets or [])} <= {*config.sets}
+    assert not check_suite(config).complete

@@ -126,6 +126,28 @@ class EmbeddedSet(Dataset[tuple[Tensor, int]]):
         """Return which images these are."""
         return f"{self.name} of world {world.VERSION}, seed {self.seed}, {self.n} images"
 
+    @property
+    def places(self) -> range:
+        """Return where each image stands in the endless set that this one is the beginning of."""
+        return range(self.n)
+
+    @property
+    def labels(self) -> list[int]:
+        """Return the label of each image, -1 where it has none."""
+        return [self._label(i) for i in range(self.n)]
+
+    def _label(self, index: int) -> int:
+        return index % len(CLASS_NAMES) if self.classes else -1
+
+    @property
+    def pool(self) -> str:
+        """Return which endless set that is."""
+        return f"embedded-{self.name}-{world.VERSION}-{self.seed}"
+
+    def ids(self, places: Sequence[int]) -> list[int]:
+        """Return what stored features of the images at some places go by: the places."""
+        return list(places)
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.__getitems__([index])[0]
 
@@ -134,8 +156,7 @@ class EmbeddedSet(Dataset[tuple[Tensor, int]]):
         if outside := [i for i in indices if not 0 <= i < self.n]:
             raise IndexError(f"image {outside[0]} of a set of {self.n}")
         images = torch.from_numpy(self.kind.picture([self.spec(i) for i in indices], self.seed, indices))
-        labels = [i % len(CLASS_NAMES) if self.classes else -1 for i in indices]
-        return list(zip(images, labels, strict=True))
+        return list(zip(images, map(self._label, indices), strict=True))
 
     def spec(self, index: int) -> world.Spec:
         """Return what image ``index`` shows."""

@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from qatlab.data.transforms import BadImage, Preprocess
+from qatlab.data.classlists import plain
+from qatlab.data.sets import ImageSet, Layout, size_or_checksum
+from qatlab.data.transforms import Preprocess, read_rgb
 from qatlab.errors import UserError, nearest
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 WNID = re.compile(r"n\d{8}")
-PICK = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
 
 
-class ImageFolderSet(Dataset[tuple[Tensor, int]]):
+class Folders(Layout):
+    """The images below a folder, sorted folder by folder; the first folder is the class, the second the group.
+
+    ``files`` are their paths below it, or below its folder ``images`` where all of them lie there. Raises UserError when
+    there is no folder or no image.
+    """
+
+    kind = "folders"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.files = _images(self.path)
+        if all(len(file.parts) > 1 and file.parts[0] == "images" for file in self.files):
+            self.path /= "images"
+            self.files = [Path(*file.parts[1:]) for file in self.files]
+        self.keys = [file.parts[0] if len(file.parts) > 1 else None for file in self.files]
+        self.groups = [file.parts[1] if len(file.parts) > 2 else "" for file in self.files]
+        full = {*self.keys}
+        self.empty = [folder for folder in _subfolders(self.path) if folder not in full]
+        self._told: dict[int, str] = {}  # several sets of a suite may be of one tree
+
+    def name(self, place: int) -> str:
+        """Return the path below the folder."""
+        return self.files[place].as_posix()
+
+    def identity(self, place: int) -> str:
+        """Return the path below the folder and the size in bytes, or a checksum."""
+        if place not in self._told:
+            file = self.path / self.files[place]
+            self._told[place] = size_or_checksum(file)
+        return f"{self.name(place)}/{self._told[place]}"
+
+    def pixels(self, place: int) -> Tensor:
+        """Return the decoded file."""
+        return read_rgb((self.path / self.files[place]).read_bytes())
+
+
+class ImageFolderSet(ImageSet):
     """The images under ``path`` as (image (3, S, S) uint8, label), in the sorted order of class folder and file.
 
     With ``class_index`` {class folder: label} every image lies in a class folder, at any depth; without it the tree
     may have any shape and each label is -1. ``exclude`` names folders to leave out; ``pick`` is a Python slice in
-    text ("0::2", ":500") on what remains. Raises UserError for an empty set, a
+    text ("0::2", ":500") on what remains. Raises UserError for an empty set or class folder, a
     folder or slice that does not fit, and for an image that cannot be read, with its file.
     """
 
@@ -38,33 +74,7 @@ class ImageFolderSet(Dataset[tuple[Tensor, int]]):
         pick: str = "0::1",
         exclude: Sequence[str] = (),
     ) -> None:
-        self.path = Path(path).expanduser()
-        self.preprocess = preprocess
-        chosen = _slice(pick)
-        files = _without(self.path, _images(self.path), exclude)
-        if class_index is not None:
-            _check_folders(self.path, files, class_index)
-        self.files = files[chosen]
-        if not self.files:
-            raise UserError(f"pick='{pick}' leaves none of the {len(files)} images under {self.path}; widen the slice.")
-        self.labels = [-1 if class_index is None else class_index[file.parts[0]] for file in self.files]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def fingerprint(self) -> str:
-        """Return a hash of which images these are: file names below the folder, their sizes and labels."""
-        digest = hashlib.sha256()
-        for file, label in zip(self.files, self.labels, strict=True):
-            digest.update(f"{file.as_posix()}/{(self.path / file).stat().st_size}/{label}\n".encode())
-        return digest.hexdigest()
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        file = self.path / self.files[index]
-        try:
-            return self.preprocess.decode(file.read_bytes()), self.labels[index]
-        except (BadImage, OSError) as error:
-            raise UserError(f"{file} cannot be read as an image: {error}. Replace it or delete it.") from error
+        super().__init__(Folders(path), preprocess, class_index, pick, exclude)
 
 
 def class_index_for(
@@ -74,14 +84,14 @@ def class_index_for(
 
     Folders are matched to ``class_names`` by ``classes_file`` when given (.json: a list of {index, wnid, name} or a
     dict from folder to row or name; .csv with such columns; .txt with one folder per line, its row being the line);
-    else by equal names, where case, spaces and underscores do not count; else, when all are WordNet ids and as many
+    else by equal names, where case, spaces, underscores and hyphens do not count; else, when all are WordNet ids and as many
     as the names, in sorted order. ``exclude`` names folders to leave out. Raises UserError where a folder finds no
     row.
     """
     root = Path(path).expanduser()
     folders = [folder for folder in _class_folders(root) if folder not in set(exclude)]
     if classes_file is not None:
-        rows = _rows_of_file(Path(classes_file).expanduser(), class_names)
+        rows = file_rows(Path(classes_file).expanduser(), class_names)
     else:
         rows = _rows_by_name({folder: folder for folder in folders}, class_names)
         if not rows and len(folders) == len(class_names) and all(WNID.fullmatch(folder) for folder in folders):
@@ -113,59 +123,31 @@ def _images(root: Path) -> list[Path]:
     return sorted(found, key=lambda file: file.parts)
 
 
-def _without(root: Path, files: list[Path], exclude: Iterable[str]) -> list[Path]:
-    present = {part for file in files for part in file.parts[:-1]}
-    for name in exclude:
-        if name not in present:
-            raise UserError(f"exclude names '{name}', but {root} has no such folder of images{nearest(name, present)}.")
-    out = set(exclude)
-    return [file for file in files if out.isdisjoint(file.parts[:-1])]
-
-
-def _check_folders(root: Path, files: list[Path], class_index: dict[str, int]) -> None:
-    for file in files:
-        if len(file.parts) == 1:
-            raise UserError(
-                f"{root / file} lies in no class folder, yet {root} is a labelled set; expected <class>/<file>."
-            )
-        if file.parts[0] not in class_index:
-            name = file.parts[0]
-            close = nearest(name, class_index)
-            raise UserError(f"The class folder {root / name} matches no class name{close}; exclude or rename it.")
-
-
-def _slice(text: str) -> slice:
-    match = PICK.fullmatch(str(text).replace(" ", ""))
-    if match is None or match[3] == "0":
-        raise UserError(f"pick='{text}' is no slice; write start:stop:step like Python, for example '0::2' or ':500'.")
-    return slice(*[int(part) if part else None for part in match.groups()])
+def _subfolders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         raise UserError(f"The image folder {root} does not exist; check the suite's root and the set's path.")
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    folders = _subfolders(root)
     if not folders:
         raise UserError(f"{root} holds no class folders; a labelled set lies on disk as <class>/<file>.")
     return folders
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_]+", " ", name).strip().lower()
 
 
 def _rows_by_name(named: dict[str, str], class_names: Sequence[str]) -> dict[str, int]:
     """{folder: row} for the folders whose name stands exactly once among the classes."""
     rows: dict[str, int] = {}
     repeated: set[str] = set()
-    for row, name in enumerate(map(_plain, class_names)):
+    for row, name in enumerate(map(plain, class_names)):
         if name in rows:
             repeated.add(name)
         rows[name] = row
-    return {folder: rows[_plain(name)] for folder, name in named.items() if _plain(name) in rows.keys() - repeated}
+    return {folder: rows[plain(name)] for folder, name in named.items() if plain(name) in rows.keys() - repeated}
 
 
-def _rows_of_file(path: Path, class_names: Sequence[str]) -> dict[str, int]:
+def file_rows(path: Path, class_names: Sequence[str]) -> dict[str, int]:
     """{folder: row} of a classes file: by its names where each stands once among the classes, else by its indices."""
     entries = _entries(path)
     by_name = _rows_by_name({folder: name for folder, (name, _) in entries.items() if name}, class_names)

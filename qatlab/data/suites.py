@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qatlab.clip import Clip
-from qatlab.config import SetConfig, SuiteConfig
-from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet
-from qatlab.data.images import ImageFolderSet, class_index_for
+from qatlab.config import SuiteConfig
+from qatlab.data.classlists import ClassList
+from qatlab.data.entries import ROLES, SPURIOUS, is_rendered, reference_of
+from qatlab.data.heads import Head, head_for
+from qatlab.data.opening import choose_sets
 from qatlab.errors import UserError, nearest
-from qatlab.evaluation import Source
+from qatlab.evaluation import Prediction, Source, View
 from qatlab.stopping import leave_to_parent
-from qatlab.zeroshot import Classes, class_features
 
-ROLES = ("id", "shifted", "near_ood", "far_ood", "calibration")
-_EMBEDDED = "embedded:"
+__all__ = ["ROLES", "EvaluationSet", "Indexed", "Suite", "build_suite"]
 
 
 class Indexed(Dataset):  # type: ignore[type-arg]
@@ -46,19 +46,36 @@ class Indexed(Dataset):  # type: ignore[type-arg]
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """One set of a suite: where its rows say they come from, and its images."""
+    """One set of a suite: where its rows say they come from, and its images.
+
+    Labels are rows of its reference's head; ``rows`` are those that accuracy and calibration are to be measured on, for
+    a set of some of its classes only (ImageNet-R: 200 of 1000), else None.
+    """
 
     source: Source
     images: Indexed
     rendered: bool  # made on the spot: cheaper without loader processes
+    rows: list[int] | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """Return the label of each image, (n,) int64, -1 where it has none."""
+        every = self.images.images.labels
+        return torch.tensor([every[place] for place in self.images.places], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The sets in the order they are scored, and a zero-shot head per ID reference."""
+    """The sets in the order they are scored, and a zero-shot head per ID reference.
+
+    ``ood_heads`` are those of the OOD scores, of the same classes in the same order, where they have prompts of their
+    own. ``skipped`` {set: why} are those left out because they are not there.
+    """
 
     sets: list[EvaluationSet]
-    classes: dict[str, Classes]
+    heads: dict[str, Head]
+    ood_heads: dict[str, Head] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -78,6 +95,8 @@ class Suite:
         """Return the small suite of a probe: at most ``images`` of some sets each, never those of the calibration split."""
         scored = [entry for entry in self.sets if entry.source.role != "calibration"]
         for name in names or []:
+            if name in self.skipped:
+                continue
             if name not in (known := [entry.source.name for entry in scored]):
                 raise UserError(
                     f"suite.probe_sets names {name!r}, which is no scored set of the suite{nearest(name, known)}."
@@ -92,10 +111,23 @@ class Suite:
         ]
         return replace(self, sets=thin)
 
-    def missing(self, done: Callable[[Source], bool], roles: set[str]) -> Suite:
-        """Return the suite of the sets of some ``roles`` that are not ``done``, with the ID references they need."""
-        todo = [s for s in self.sets if s.source.role in roles and not done(s.source)]
-        wanted = {s.source.name for s in todo} | {s.source.reference for s in todo}
+    @property
+    def calibration(self) -> Suite:
+        """Return the suite of the calibration sets that share the first one's reference."""
+        split = self.only(roles={"calibration"}).sets
+        return replace(self, sets=[s for s in split if s.source.reference == split[0].source.reference])
+
+    def missing(self, done: Callable[[Source], bool], roles: set[str], fitted: bool = False) -> Suite:
+        """Return the suite of the sets of some ``roles`` that are not ``done``, with those that they are measured with.
+
+        These are their ID references, the other sides of spurious-cue pairs and, for ``fitted`` scores, the
+        calibration sets.
+        """
+        todo = [s.source for s in self.sets if s.source.role in roles and not done(s.source)]
+        references = {source.reference for source in todo}
+        beside = {*(SPURIOUS if any(s.role in SPURIOUS for s in todo) else ()), *(["calibration"] if fitted else [])}
+        wanted = {source.name for source in todo} | references
+        wanted |= {s.source.name for s in self.sets if s.source.role in beside and s.source.reference in references}
         return self.only(names=wanted)
 
     def loaders(self, batch_size: int, workers: int, rank: int = 0, world: int = 1) -> list[DataLoader[Any]]:
@@ -112,52 +144,73 @@ class Suite:
         ]
 
 
+def predicted(
+    entry: EvaluationSet,
+    features: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    views: Sequence[View],
+    heads: Mapping[str, Head],
+    ood_heads: Mapping[str, Head],
+    **inputs: Any,
+) -> Prediction:
+    """Return the Prediction of a batch of a set from its unit ``features`` (B, D) and the zero-shot heads."""
+    reference = entry.source.reference
+    cosines = {
+        name: features @ of[reference].classes.features.to(features.device).T
+        for name, of in (("cosines", heads), ("ood_cosines", ood_heads))
+        if reference in of
+    }
+    return Prediction(
+        entry.source, features, labels=labels, index=index, views=views, rows=entry.rows, inputs=inputs, **cosines
+    )
+
+
 def build_suite(config: SuiteConfig, clip: Clip, evaluations: Any = None, cache_text: bool = True) -> Suite:
-    """Return the suite that ``config`` describes, its folders opened and its class prompts encoded.
+    """Return the suite that ``config`` describes, its sets opened and its class prompts encoded.
 
     ``evaluations`` is what scores it, as options: part of each set's definition.
 
-    Raises UserError for a missing root or folder, an unknown role or reference, a suite without an id set, and classes
-    that do not fit.
+    Raises UserError for a missing root or set (unless suite.skip_missing), an unknown role or reference, a suite
+    without an id set, one that names the same images twice in the same role, and classes that do not fit.
     """
-    if not config.sets:
-        raise UserError(
-            "suite.sets is empty: suite=folders needs sets, each with a path, a role and a reference (README shows one)."
-        )
-    default = next((name for name, entry in config.sets.items() if entry.role == "id"), None)
-    if default is None:
-        raise UserError(
-            f"no set of the suite has role: id (found {', '.join(f'{n}: {s.role}' for n, s in config.sets.items())})."
-        )
-    rendered = all(entry.path.startswith(_EMBEDDED) for entry in config.sets.values())
-    names = _class_names(config) or (None if clip.text_table is not None or not rendered else CLASS_NAMES)
-    classes = class_features(clip, names, config.templates, cache_text)
-    references = {name: _reference(name, entry, default, config) for name, entry in config.sets.items()}
-    opened = {name: _open(entry, config, clip, classes) for name, entry in config.sets.items()}
-    prints = {name: images.fingerprint() for name, images in opened.items()}
-    texts = [classes.names, config.templates if clip.text_table is None else classes.prompts]
+    names, files, skipped = choose_sets(config)
+    references = {name: reference_of(name, config) for name in names}
+    table = clip.text_table.names if clip.text_table is not None else None
+    lists = {name: files.head(name, table) for name in names if references[name] == name}
+    opened = {name: files.open(name, lists[references[name]], clip.preprocess) for name in names}
+    heads = {name: head_for(name, lists[name], files, clip, cache_text) for name in lists}
+    ood_heads = {
+        name: head_for(name, lists[name], files, clip, cache_text, "ood_prompts")
+        for name in lists
+        if config.sets[name].ood_prompts is not None
+    }
+    prints = {name: entry.images.fingerprint() for name, entry in opened.items()}
+    _refuse_twins(config, references, prints, lists)
     sets = []
-    for name, entry in config.sets.items():
-        reference = references[name]
-        definition = _hash(entry.role, prints[name], prints[reference], texts, evaluations)
-        source = Source(name, entry.role, reference, definition)
-        sets.append(EvaluationSet(source, Indexed(opened[name]), entry.path.startswith(_EMBEDDED)))
-    heads = {entry.source.reference: classes for entry in sets}
-    return Suite(sets, heads)
+    for name in names:
+        role, reference = config.sets[name].role, references[name]
+        texts = [part[reference].described() for part in (heads, ood_heads) if reference in part]
+        definition = _hash(role, prints[name], prints[reference], texts, opened[name].rows, evaluations)
+        source = Source(name, role, reference, definition)
+        entry = opened[name]
+        sets.append(EvaluationSet(source, Indexed(entry.images), is_rendered(config.sets[name]), entry.rows))
+    return Suite(sets, heads, ood_heads, skipped)
 
 
-def _reference(name: str, entry: SetConfig, default: str, config: SuiteConfig) -> str:
-    """Return the name of the ID set that a set is measured against; raises UserError for an unknown role or reference."""
-    if entry.role not in ROLES:
-        raise UserError(
-            f"suite.sets.{name}.role={entry.role} is unknown{nearest(entry.role, ROLES)}; there are {', '.join(ROLES)}."
-        )
-    reference = name if entry.role == "id" else entry.reference or default
-    if reference not in config.sets or config.sets[reference].role != "id":
-        raise UserError(
-            f"suite.sets.{name}.reference={reference} is no id set of the suite{nearest(reference, config.sets)}."
-        )
-    return reference
+def _refuse_twins(
+    config: SuiteConfig, references: dict[str, str], prints: dict[str, str], lists: dict[str, ClassList]
+) -> None:
+    """Raise UserError where two sets are the same images, labels and role against the same reference."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, reference in references.items():
+        entry = config.sets[name]
+        against = (*lists[name].names, entry.prompts) if reference == name else reference
+        if (twin := seen.setdefault((prints[name], entry.role, against), name)) != name:
+            raise UserError(
+                f"suite.sets.{twin} and suite.sets.{name} are the same images in the same role ({entry.role}): remove one, "
+                "or give it another pick, role or reference."
+            )
 
 
 def _draw(n: int, k: int) -> list[int]:
@@ -167,40 +220,3 @@ def _draw(n: int, k: int) -> list[int]:
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _class_names(config: SuiteConfig) -> list[str] | None:
-    """Return suite.class_names, read from its file where it is one; raises UserError when that is missing or holds none."""
-    if not isinstance(config.class_names, str):
-        return config.class_names
-    path = Path(config.root or ".").expanduser() / config.class_names
-    if not path.is_file():
-        raise UserError(
-            f"suite.class_names={config.class_names}: there is no file {path}; give a .txt, a .json or a list."
-        )
-    if path.suffix == ".txt":
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    records = json.loads(path.read_text())
-    if isinstance(records, list) and all(
-        isinstance(record, dict) and {"index", "name"} <= set(record) for record in records
-    ):
-        return [record["name"] for record in sorted(records, key=lambda record: record["index"])]
-    if isinstance(records, list) and all(isinstance(record, str) for record in records):
-        return records
-    raise UserError(f"{path} is no list of names, nor of records with index and name.")
-
-
-def _open(entry: SetConfig, config: SuiteConfig, clip: Clip, classes: Classes) -> EmbeddedSet | ImageFolderSet:
-    if entry.path.startswith(_EMBEDDED):
-        return EmbeddedSet(entry.path.removeprefix(_EMBEDDED), config.images, config.seed)
-    root = Path(config.root or ".").expanduser()
-    path = root / entry.path
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is not there; suite.root={config.root} and the sets' paths below it decide where images are read."
-        )
-    index = None
-    if entry.role in ("id", "shifted", "calibration"):
-        file = root / entry.classes if entry.classes else None
-        index = class_index_for(path, classes.names, file, entry.exclude)
-    return ImageFolderSet(path, clip.preprocess, index, entry.pick, list(entry.exclude))
