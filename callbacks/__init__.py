@@ -7,7 +7,9 @@ from qatlab.callbacks.ood import OOD
 from qatlab.callbacks.predictions import Predictions
 from qatlab.callbacks.profile import Profile
 from qatlab.callbacks.progress import ProgressLines
+from qatlab.callbacks.refits import Refits
 from qatlab.callbacks.results import Results
+from qatlab.callbacks.spurious import Spurious
 from qatlab.callbacks.temperature import Temperature
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "Predictions",
     "Profile",
     "ProgressLines",
+    "Refits",
     "Results",
+    "Spurious",
     "Temperature",
 ]

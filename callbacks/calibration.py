@@ -2,42 +2,117 @@
 
 from __future__ import annotations
 
-from qatlab.evaluation import Evaluation, Prediction, Row, row
-from qatlab.metrics.calibration import confidence_gap, expected_calibration_error, score_zero_shot
+import numpy as np
 
-LABELLED = ("id", "shifted")
-"""The roles of the sets whose labels are classes of the ID reference."""
+from qatlab.evaluation import Evaluation, Prediction, Row, Source, View, row
+from qatlab.metrics.accuracy import mean_per_class_accuracy, top_k_accuracy
+from qatlab.metrics.bins import equal_mass_calibration_error, maximum_calibration_error
+from qatlab.metrics.bootstrap import bootstrap_classification
+from qatlab.metrics.calibration import confidence_gap, expected_calibration_error
+from qatlab.metrics.classwise import classwise_calibration_error, classwise_gaps
+from qatlab.metrics.paired import Difference, mcnemar, paired_bootstrap
+from qatlab.metrics.resampling import percentile_interval
+from qatlab.metrics.selective import aurc
+from qatlab.metrics.smooth import smooth_calibration_error
+
+LABELLED = ("id", "shifted", "common", "counter")
+"""The roles of the scored sets whose labels are classes of the ID reference."""
+
+STRATIFIED_FROM = 10
+"""Images of every class from which on resamples keep their number: with fewer, that would make intervals too narrow."""
+
+Replicates = dict[str, np.ndarray]
 
 
 class Calibration(Evaluation):
-    """One row per view and labelled set: top1, ece (15 bins), nll (nats) and the signed confidence_gap."""
+    """One row per view and labelled set: accuracy, calibration and selective prediction.
+
+    top1, top5, mean_per_class; ece (15 equal-width bins), ece_equal_mass, ece_classwise, mce, smooth_ece, nll (nats),
+    brier, the signed confidence_gap and aurc; a probe has no ece_classwise. Each but ece_classwise with its bootstrap
+    interval, and top1 (McNemar), ece and nll (paired bootstrap) with their differences from FP32 on the same images.
+    """
 
     roles = LABELLED
 
     def reset(self) -> None:
         """Forget everything seen."""
-        labelled = [source for source in self.sources if source.role in LABELLED]
-        self.seen = self.tables(labelled, ["confidence", "correct", "nll"])
+        labelled = [source for source in self.of.sources if source.role in LABELLED]
+        self.seen = self.tables(labelled, ["confidence", "correct", "nll", "brier", "rank", "label"])
+        self.gaps: dict[tuple[View, Source], np.ndarray] = {}
 
     def update(self, prediction: Prediction) -> None:
-        """Score one batch of a labelled set under every view."""
+        """Score one batch of a labelled set under the views that it is for."""
         if prediction.source.role not in LABELLED:
             return
-        for view in self.views:
-            scored = score_zero_shot(prediction.cosines, prediction.labels, view.logit_scale)
-            self.seen[view, prediction.source].update(prediction.index, **scored._asdict())
+        for view in prediction.views:
+            key = view, prediction.source
+            self.seen[key].update(prediction.index, label=prediction.labels, **prediction.zero_shot(view)._asdict())
+            if not self.of.shared:
+                gaps = classwise_gaps(*prediction.classified(), view.logit_scale)
+                self.gaps[key] = self.gaps.get(key, 0) + gaps
 
     def compute(self) -> list[Row]:
         """Return the rows, one per view and labelled set."""
         rows = []
-        for (view, source), table in self.seen.items():
-            columns = table.compute()
-            confidence, correct = columns["confidence"], columns["correct"]
-            metrics = {
-                "top1": float(correct.mean()),
-                "ece": expected_calibration_error(confidence, correct),
-                "nll": float(columns["nll"].mean()),
-                "confidence_gap": confidence_gap(confidence, correct),
-            }
-            rows.append(row(view, source, "zero_shot", len(correct), metrics))
+        columns = {key: table.compute() for key, table in self.seen.items()}
+        of_baseline: dict[Source, Replicates] = {}
+        for (view, source), scored in columns.items():
+            metrics = classification(scored)
+            if (view, source) in self.gaps:
+                gaps = self.gaps[view, source]
+                metrics["ece_classwise"] = classwise_calibration_error(gaps, len(scored["index"]))
+            if not self.of.resamples:
+                rows.append(row(view, source, "zero_shot", len(scored["index"]), metrics))
+                continue
+            replicates = classification_replicates(scored, self.of.resamples)
+            baseline, paired = self.of.baseline, {}
+            if view == baseline:
+                of_baseline[source] = replicates
+            elif baseline is not None:
+                paired = paired_with(columns[baseline, source], of_baseline[source], scored, replicates)
+            intervals = {name: percentile_interval(values) for name, values in replicates.items()}
+            rows.append(row(view, source, "zero_shot", len(scored["index"]), metrics, intervals, paired))
         return rows
+
+
+def classification(scored: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return the metrics of one set from its columns: confidence, correct, nll, brier, rank and label, (N,) each."""
+    confidence, correct = scored["confidence"], scored["correct"]
+    return {
+        "top1": float(correct.mean()),
+        "top5": top_k_accuracy(scored["rank"], 5),
+        "mean_per_class": mean_per_class_accuracy(correct, scored["label"]),
+        "ece": expected_calibration_error(confidence, correct),
+        "ece_equal_mass": equal_mass_calibration_error(confidence, correct),
+        "mce": maximum_calibration_error(confidence, correct),
+        "smooth_ece": smooth_calibration_error(confidence, correct),
+        "nll": float(scored["nll"].mean()),
+        "brier": float(scored["brier"].mean()),
+        "confidence_gap": confidence_gap(confidence, correct),
+        "aurc": aurc(confidence, correct),
+    }
+
+
+def classification_replicates(scored: dict[str, np.ndarray], resamples: int) -> Replicates:
+    """Return {metric: (resamples,)} of the same columns, the same images drawn for every model."""
+    labels = scored["label"]
+    strata = labels if np.unique(labels, return_counts=True)[1].min() >= STRATIFIED_FROM else None
+    return bootstrap_classification(scored, labels, resamples=resamples, strata=strata)
+
+
+def paired_with(
+    reference: dict[str, np.ndarray], of_reference: Replicates, other: dict[str, np.ndarray], of_other: Replicates
+) -> dict[str, Difference]:
+    """Return the differences of top1, ece and nll from the columns and replicates of two models on the same images."""
+    values = {
+        "top1": float(other["correct"].mean() - reference["correct"].mean()),
+        "ece": _ece(other) - _ece(reference),
+        "nll": float(other["nll"].mean() - reference["nll"].mean()),
+    }
+    found = {name: paired_bootstrap(value, of_reference[name], of_other[name]) for name, value in values.items()}
+    exact = mcnemar(reference["correct"], other["correct"]).p_value
+    return found | {"top1": found["top1"]._replace(p_value=exact)}
+
+
+def _ece(scored: dict[str, np.ndarray]) -> float:
+    return expected_calibration_error(scored["confidence"], scored["correct"])

@@ -59,8 +59,7 @@ class Curves(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the layers beside a probe."""
-        if pl_module.views[0].stage == "probe":  # inside training, or made up for when it goes on
-            self._report(trainer, pl_module)
+        self._report(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log where the last step took the scales."""

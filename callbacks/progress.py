@@ -19,20 +19,18 @@ class ProgressLines(L.Callback):
         self.start = self.last = 0.0
         self.done = self.before = 0  # in this process, and before it
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start counting a pass; a probe inside training stays silent."""
-        if trainer.state.fn == "validate":
-            self._begin()
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start counting a pass; a probe stays silent."""
+        self._begin()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start counting steps, from where a resumed run stands."""
         self._begin()
         self.before = trainer.global_step
 
-    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_predict_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Count one batch of a pass."""
-        if trainer.state.fn == "validate":
-            self._tick(trainer, "batches", self.passes.get("batches", 0))
+        self._tick(trainer, "batches", self.passes.get("batches", 0))
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Count one step."""

@@ -1,4 +1,4 @@
-"""One JSON row per evaluation, and the probes' curves."""
+"""The rows of the probes, in the run's file and as curves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qatlab.results import Run
 
 
 class Results(L.Callback):
-    """Asks every Evaluation for its rows at the end of a pass, completes and stores them; a probe's go to the loggers too."""
+    """Asks every Evaluation for its rows at the end of a probe, completes and stores them, and hands them to the loggers."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -26,13 +26,12 @@ class Results(L.Callback):
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Collect, store and log the rows of the pass."""
+        """Collect, store and log the rows of the probe."""
         evaluations = [callback for callback in trainer.callbacks if isinstance(callback, Evaluation)]  # type: ignore[attr-defined]
         rows = [row for evaluation in evaluations for row in evaluation.compute()]
         for row in rows:
-            row.update(pl_module.facts, step=pl_module.step, prompts=pl_module.classes[row["reference"]].prompts)
+            row.update(pl_module.facts, step=pl_module.step, prompts=pl_module.heads[row["reference"]].classes.prompts)
         self.run.append(rows)
-        if pl_module.views[0].stage == "probe":  # inside training, or made up for when it goes on
-            values = {f"probe/{r['dataset']}/{r['score']}/{name}": v for r in rows for name, v in r["metrics"].items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=pl_module.step)
+        values = {f"probe/{r['dataset']}/{r['score']}/{name}": v for r in rows for name, v in r["metrics"].items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=pl_module.step)

@@ -45,6 +45,7 @@ class Clip:
     logit_scale: float
     text_table: TextTable | None
     facts: dict[str, Any]
+    text_calls: int = 0  # how often texts were encoded
 
 
 def load(config: ModelConfig, from_scratch: bool = False) -> Clip:

@@ -37,10 +37,10 @@ class ModelConfig:
 class SetConfig:
     """One labelled or OOD image set of a suite."""
 
-    path: str = "???"
-    """Folder below suite.root with one folder per class (or a flat one for OOD), or 'embedded:<kind>'."""
+    path: Any = "???"
+    """Folder or file below suite.root, or 'embedded:<kind>'; of a list the first that is there is read."""
     role: str = "???"
-    """id | shifted | near_ood | far_ood | calibration (labelled, fits the temperature, never scored)."""
+    """id | shifted | near_ood | far_ood | common | counter (spurious cues) | calibration (fits the temperature, never scored)."""
     reference: str | None = None
     """ID set whose classes and scores this set is measured against; default: the suite's first id set."""
     pick: str = "0::1"
@@ -48,7 +48,19 @@ class SetConfig:
     exclude: list[str] = field(default_factory=list)
     """Class folders to leave out."""
     classes: str | None = None
-    """File that maps class folders to class names (json, csv or txt), where the folder names do not."""
+    """A class list that comes with qatlab (imagenet_r, dtd_clean, ...), or a file that maps class folders to class names."""
+    layout: str = "auto"
+    """How it lies on disk: folders | imglist | manifest | webdataset | cifar | npy | tiny_imagenet; auto looks."""
+    folder: str | None = None
+    """Folder below suite.root that the paths in an imglist or manifest start from; default: the file's own."""
+    corruption: dict[str, Any] | None = None
+    """Corrupt the images as they are read: {name: fog, severity: 3}, with seed, order, table or textures (docs/CORRUPTIONS.md)."""
+    images: int | None = None
+    """Published number of images, which suite.check compares with."""
+    prompts: str | None = None
+    """Template set of an id set's classes by name, or 'own' for those that lie beside it; default: suite.templates."""
+    ood_prompts: str | None = None
+    """Template set of the OOD scores of an id set; default: its prompts."""
 
 
 @dataclass
@@ -61,7 +73,7 @@ class SuiteConfig:
     """The sets by name."""
     class_names: Any = None
     """Class names in label order, as a list or a file (.txt, .json); default: of model.text_features, or the embedded world's."""
-    templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
+    templates: Any = field(default_factory=lambda: ["a photo of a {}"])
     """Prompt templates, averaged per class."""
     images: int = 512
     """Images per embedded set."""
@@ -73,6 +85,14 @@ class SuiteConfig:
     """Images per set in a probe."""
     batch_size: int = 64
     """Images per forward of an evaluation, per device."""
+    check: bool = False
+    """evaluate only: say which sets are there, which are missing and where they were looked for, and end."""
+    resamples: int = 1000
+    """Bootstrap resamples behind every interval and paired test; 0: none."""
+    negatives: str = "imagenet1k"
+    """NegLabel's words: imagenet1k (the authors' list) | embedded | a folder with noun.*.txt and adj.*.txt to mine."""
+    skip_missing: bool = False
+    """Leave out sets that are not there, and name them, instead of ending."""
 
 
 @dataclass
@@ -205,6 +225,12 @@ def default_callbacks() -> dict[str, Any]:
     return {
         "calibration": {"_target_": "qatlab.callbacks.Calibration"},
         "ood": {"_target_": "qatlab.callbacks.OOD", "scores": list(_SCORES), "mcm_temperature": 1.0},
+        "spurious": {"_target_": "qatlab.callbacks.Spurious"},
+        "refits": {
+            "_target_": "qatlab.callbacks.Refits",
+            "kinds": ["temperature", "isotonic"],
+            "images": 5000,
+        },
         "predictions": {"_target_": "qatlab.callbacks.Predictions", "scores": list(_SCORES), "mcm_temperature": 1.0},
         "temperature": {"_target_": "qatlab.callbacks.Temperature", "source": "calibration"},
     }
@@ -245,8 +271,10 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     callbacks: dict[str, Any] = field(default_factory=default_callbacks)
     """Evaluations by name, _target_ blocks; callbacks.ood=null removes one."""
-    checkpoint: str | None = None
-    """evaluate only: a finished run's folder (runs/<recipe>-<id>)."""
+    checkpoint: Any = None
+    """evaluate only: a finished run's folder (runs/<recipe>-<id>), or a list of them to score side by side."""
+    format: str | None = None
+    """Write the results as a file too: csv | parquet (every number) | latex | markdown (the table)."""
     seed: int = 0
     """Seed of everything random."""
     output: str = "runs"
@@ -312,6 +340,7 @@ _SMALLEST = {
     "seed": 0,
     "quant.calibration_seed": 0,
     "suite.images": 1,
+    "suite.resamples": 0,
     "suite.probe_images": 1,
     "suite.batch_size": 1,
 }

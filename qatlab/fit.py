@@ -19,12 +19,14 @@ def fit(config: Config, recipe: str) -> Run:
     """Return the finished run: every stage computed or read back, its rows, curves and pictures in ``run.folder``."""
     # Torch and all are loaded here: --help, tab completion and a mistake in the options answer at once.
     from qatlab.evaluation import View
+    from qatlab.exports import check_format
     from qatlab.quantizing import quantize_towers
     from qatlab.report import conclude
     from qatlab.results import Run
     from qatlab.stopping import StopSignals
     from qatlab.study import Study
 
+    check_format(config.format)
     if config.checkpoint is not None:
         raise UserError(
             f"checkpoint={config.checkpoint} names a run to score, with qatlab.evaluate; weights to start from are "
@@ -34,22 +36,21 @@ def fit(config: Config, recipe: str) -> Run:
         run.describe(recipe)
         study = Study(config, run, recipe, stop)
         with study.together():
-            if study.trainer.is_global_zero:
-                print(study.plan(), flush=True)
+            study.say(study.plan())
             last = study.stages[-1]
 
             if "fp32" in study.stages and last != "fp32":
-                study.score([View("fp32", study.module.logit_scale)], step=0)
+                study.score([View("fp32", study.module.logit_scale)])
             if "quantized" in study.stages:
                 quantize_towers(study)
                 if last != "quantized":
-                    study.score([View("quantized", study.module.logit_scale)], step=0)
+                    study.score([View("quantized", study.module.logit_scale)])
             if config.fit.steps:
                 study.train()
             refitted = study.refit()
             views = [View(last, study.module.logit_scale), *([refitted] if refitted else [])]
-            study.score(views, step=config.fit.steps)
-            conclude(study)
+            study.score(views)
+            conclude([study])
     return run
 
 

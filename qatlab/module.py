@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,8 +12,10 @@ from torch.nn.functional import normalize
 
 from qatlab.clip import Clip
 from qatlab.config import Config
+from qatlab.data.heads import Head
+from qatlab.data.suites import EvaluationSet, predicted
 from qatlab.errors import UserError, nearest
-from qatlab.evaluation import Prediction, Row, Source, View
+from qatlab.evaluation import Row, Source, View
 from qatlab.globalbatch import gathered, in_batch_step, parts_of, summed_step
 from qatlab.objectives import Features, Objective
 from qatlab.phases import phase
@@ -22,7 +23,6 @@ from qatlab.quant import Quantizer
 from qatlab.quant.trainable import prepare_training
 from qatlab.rows import BatchRows
 from qatlab.settle import Settled, settle
-from qatlab.zeroshot import Classes, class_features
 
 # An image tower that learns from scratch may not sharpen its softmax without bound (Radford et al. 2021 clip at 100; the
 # embedded world needs less).
@@ -51,12 +51,11 @@ class Student(L.LightningModule):
         self.settled: Settled | None = None  # what training found out about this machine, see qatlab.settle
         self.micro_batch: int | None = None  # images per forward and backward; None: all of this process at once
         self.class_tokens: Tensor | None = None  # prompts of the labels, where the data has labels
-        self.run_folder: Path | None = None  # where evaluations put files of their own; None in a probe
-        self.facts: Row = {}  # what every row of the pass says besides its numbers
-        self.scored_step: int | None = None  # the step of a pass outside training
-        self.scored_views: list[View] = []  # what a pass outside training is reported under
-        self.sources: list[Source] = []
-        self.classes: dict[str, Classes] = {}
+        self.facts: Row = {}  # what every row of a probe says besides its numbers
+        self.probed_step: int | None = None  # the step of a probe that is made up for
+        self.probed: list[EvaluationSet] = []  # the sets of a probe
+        self.heads: dict[str, Head] = {}  # zero-shot heads by ID reference
+        self.ood_heads: dict[str, Head] = {}  # those of the OOD scores, where they have prompts of their own
         self._check_options()
 
     @property
@@ -66,13 +65,18 @@ class Student(L.LightningModule):
 
     @property
     def step(self) -> int:
-        """Return the training step that a pass over a suite belongs to."""
-        return self.global_step if self.scored_step is None else self.scored_step
+        """Return the training step that a probe belongs to."""
+        return self.global_step if self.probed_step is None else self.probed_step
 
     @property
     def views(self) -> list[View]:
-        """Return what the pass is reported under; a probe is read at the logit scale of the moment."""
-        return [View("probe", self.logit_scale)] if self.scored_step is None else self.scored_views
+        """Return what a probe is reported under: the logit scale of the moment."""
+        return [View("probe", self.logit_scale)]
+
+    @property
+    def sources(self) -> list[Source]:
+        """Return the sets of a probe."""
+        return [entry.source for entry in self.probed]
 
     def _check_options(self) -> None:
         """Raise UserError for an objective whose texts are not there, or no such schedule, before anything is trained."""
@@ -112,20 +116,23 @@ class Student(L.LightningModule):
     def on_validation_start(self) -> None:
         """Encode the class prompts anew where the text tower is trained too."""
         if self.both_towers is not None:
-            templates = self.config.suite.templates
-            self.classes = {
-                reference: class_features(self.clip, head.names, templates, cache=False)
-                for reference, head in self.classes.items()
-            }
+            self.encode_classes(self.clip)
+
+    def encode_classes(self, clip: Clip) -> None:
+        """Have the classes' prompts encoded by the text tower of ``clip``."""
+        self.heads, self.ood_heads = (
+            {reference: head.encoded_by(clip) for reference, head in heads.items()}
+            for heads in (self.heads, self.ood_heads)
+        )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Return the batch's Prediction, which every evaluation is fed with."""
+        """Return the Prediction of a probe's batch, which every evaluation is fed with."""
         images, labels, index = batch
-        source = self.sources[dataloader_idx]
         features = self.embed(images)
         with torch.autocast(self.device.type, enabled=False):  # scores at temperature 1 differ by 1e-3: not in bfloat16
-            cosines = features @ self.classes[source.reference].features.to(self.device).T
-        return Prediction(source, features, cosines, labels, index)
+            return predicted(
+                self.probed[dataloader_idx], features, labels, index, self.views, self.heads, self.ood_heads
+            )
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""The reliability diagram, and the style that it shares with other pictures."""
+"""The reliability diagram, the shift between its bins, and the style that it shares with other pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from qatlab.cache import atomic
-from qatlab.metrics.calibration import Bins, confidence_gap, expected_calibration_error, reliability_bins
+from qatlab.metrics.bins import Bins, reliability_bins
+from qatlab.metrics.calibration import confidence_gap, expected_calibration_error
+from qatlab.metrics.shift import Shift
 
 INK, FAINT = "#333333", "#b8b8b8"
 _ACCURACY, _OVER, _UNDER = "#4c78a8", "#f0a08a", "#8cc7b0"
+_CONDITIONS = ("#333333", "#d1605e", "#4c78a8", "#59a14f", "#b07aa1", "#e7a03c")
 _GAP: dict[str, Any] = {"hatch": "////", "edgecolor": "white", "linewidth": 0}
 
 
@@ -49,6 +52,39 @@ def reliability_diagram(panels: Sequence[tuple[str, Any, Any]], path: Path, n_bi
     axes[0, 0].set_ylabel("accuracy", color=INK)
     axes[1, 0].set_ylabel("images", color=INK)
     _legend(figure, len(panels))
+    with atomic(Path(path)) as temporary:
+        figure.savefig(temporary, facecolor="white")
+
+
+def bin_shift_plot(shifts: Mapping[str, Shift], path: Path) -> None:
+    """Write a PNG of where the images of each FP32 confidence bin are under each condition: confidence, accuracy, counts.
+
+    A line per condition of ``shifts`` {title: Shift}, all grouped by the same FP32 bins; empty bins are left out.
+    """
+    figure = Figure(figsize=(8.6, 4.6), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.06))
+    axes = figure.subplots(2, 2, sharex=True, sharey="row", gridspec_kw={"height_ratios": [4, 1]})
+    for column, name in enumerate(("confidence", "accuracy")):
+        above, below = axes[:, column]
+        for color, (title, shift) in zip(_CONDITIONS, shifts.items(), strict=False):
+            filled = shift.images > 0
+            centers = (np.arange(len(shift.images)) + 0.5) / len(shift.images)
+            values = getattr(shift, name)[filled]
+            above.plot(centers[filled], values, "o-", color=color, markersize=3.5, linewidth=1.4, label=title)
+        above.plot([0, 1], [0, 1], "--", color=INK, linewidth=1)
+        above.set_title(f"mean {name} of the images of each FP32 bin", fontsize=10, color=INK)
+        above.set(xlim=(0, 1), ylim=(0, 1))
+        above.yaxis.set_major_formatter(PercentFormatter(1))
+        images = next(iter(shifts.values())).images
+        below.bar((np.arange(len(images)) + 0.5) / len(images), images, 0.88 / len(images), color=FAINT, zorder=2)
+        below.xaxis.set_major_formatter(PercentFormatter(1))
+        below.set_xlabel("confidence in FP32", color=INK)
+        plain(above)
+        plain(below)
+    axes[1, 0].set_ylabel("images", color=INK)
+    handles, titles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, titles, loc="outside lower center", ncols=len(shifts), frameon=False, fontsize=8.5, labelcolor=INK
+    )
     with atomic(Path(path)) as temporary:
         figure.savefig(temporary, facecolor="white")
 

@@ -23,7 +23,6 @@ from qatlab.quantized import (
     save_quantized,
 )
 from qatlab.text import class_drift
-from qatlab.zeroshot import class_features
 
 if TYPE_CHECKING:
     from qatlab.study import Study
@@ -54,7 +53,7 @@ def quantize_towers(study: Study) -> None:
         else:
             report += _report(tower, _fit_text_tower(study, tower))
             fitted[TEXT] = tower
-        study.scored_clip = replace(study.clip, model=tower.text.to(_device(study)).eval())
+        study.scored_clip = replace(study.clip, model=tower.text.to(_device(study)).eval(), text_calls=0)
         _move_classes(study)
     if report:
         study.write("layers.csv", lambda path: pl.DataFrame(report, infer_schema_length=None).write_csv(path))
@@ -90,13 +89,13 @@ def _fit_text_tower(study: Study, tower: nn.Module) -> Tensor:
 
 def _move_classes(study: Study) -> None:
     """Score against the quantized tower's class embeddings from here on; their drift is written, and told."""
-    templates = study.config.suite.templates
-    drift = {}
-    for reference, head in study.suite.classes.items():
-        moved = class_features(study.scored_clip, head.names, templates, cache=False)
-        drift[reference] = class_drift(head, moved).with_columns(pl.lit(reference).alias("reference"))
-        study.module.classes = {**study.module.classes, reference: moved}
-    table = pl.concat(drift.values())
+    study.module.encode_classes(study.scored_clip)
+    table = pl.concat(
+        class_drift(head.classes, study.module.heads[reference].classes).with_columns(
+            pl.lit(reference).alias("reference")
+        )
+        for reference, head in study.suite.heads.items()
+    )
     study.write("class_drift.csv", lambda path: table.write_csv(path))
     cosines: list[float] = table["cosine"].to_list()
     study.drift = {"class_cosine_mean": sum(cosines) / len(cosines), "class_cosine_min": min(cosines)}

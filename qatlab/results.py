@@ -88,18 +88,37 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read(folders: Iterable[str | Path] | str | Path = "runs") -> pl.DataFrame:
-    """Return every row below one folder or several as one polars frame, metrics as columns.
+    """Return every row below one folder or several as one polars frame, see ``frame``.
 
     The flat config is left out; read ``config.yaml`` beside the rows for it. Runs that ``force=true`` moved aside count
     only where their own folder is named.
     """
     roots = [folders] if isinstance(folders, (str, Path)) else list(folders)
     files = sorted({file for root in roots for file in _result_files(Path(root))})
-    rows = [row for file in files for row in read_rows(file)]
-    flat = [
-        {k: v for k, v in row.items() if k not in ("metrics", "config", "versions")} | row["metrics"] for row in rows
-    ]
-    return pl.DataFrame(flat, infer_schema_length=None)
+    return frame([row for file in files for row in read_rows(file)])
+
+
+def frame(rows: Iterable[Row]) -> pl.DataFrame:
+    """Return rows as a polars frame: a column per metric <m>, and of its interval and its difference from FP32.
+
+    These are <m>_low, <m>_high, <m>_difference, <m>_difference_low, <m>_difference_high and <m>_p, uncorrected.
+    """
+    return pl.DataFrame(list(map(_wide, rows)), infer_schema_length=None)
+
+
+def _wide(row: Row) -> Row:
+    nested = ("metrics", "intervals", "paired", "config", "versions")
+    wide = {key: value for key, value in row.items() if key not in nested} | row["metrics"]
+    for name, (low, high) in row.get("intervals", {}).items():
+        wide |= {f"{name}_low": low, f"{name}_high": high}
+    for name, found in row.get("paired", {}).items():
+        wide |= {
+            f"{name}_difference": found["value"],
+            f"{name}_difference_low": found["low"],
+            f"{name}_difference_high": found["high"],
+            f"{name}_p": found["p_value"],
+        }
+    return wide
 
 
 def _result_files(root: Path) -> Iterable[Path]:

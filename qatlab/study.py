@@ -6,9 +6,9 @@ import copy
 import json
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from qatlab import clip as clips
 from qatlab.cache import atomic
-from qatlab.callbacks import Temperature
+from qatlab.callbacks import OOD, Temperature
 from qatlab.config import Config, QuantConfig
 from qatlab.data import Captioned, SkipCounter
 from qatlab.data.embedded import CLASS_NAMES
+from qatlab.data.pools import distinct
+from qatlab.data.prompts import prompts
 from qatlab.data.suites import Suite, build_suite
+from qatlab.embedding import Counts
 from qatlab.errors import UserError
 from qatlab.evaluation import View
 from qatlab.faults import Faults
@@ -45,7 +48,10 @@ from qatlab.quantized import (
 )
 from qatlab.quantizing import REPORT_SAMPLES, average_bits
 from qatlab.results import Run, unfinished_beside
+from qatlab.scores import FITTED, needs
+from qatlab.scoring import Scoring, announce, fill
 from qatlab.stopping import StopSignals
+from qatlab.store import fingerprint
 from qatlab.trainer import build_trainer, quiet
 from qatlab.training import train
 from qatlab.zeroshot import encode_text
@@ -54,7 +60,7 @@ from qatlab.zeroshot import encode_text
 class Study:
     """One run's model, data, suite and trainer; each method is a stage, and skips what the run folder already has."""
 
-    def __init__(self, config: Config, run: Run, recipe: str, stop: StopSignals) -> None:
+    def __init__(self, config: Config, run: Run, recipe: str, stop: StopSignals, beside: Study | None = None) -> None:
         quiet()
         L.seed_everything(config.seed, verbose=False)
         if config.fit.from_scratch and is_quantized(config.quant):
@@ -65,9 +71,12 @@ class Study:
         self.config, self.run, self.recipe, self.stop = config, run, recipe, stop
         self.callbacks = {name: instantiate(block) for name, block in config.callbacks.items() if block}
         evaluations = [callback for callback in self.callbacks.values() if isinstance(callback, L.Callback)]
-        self.progress: dict[str, int] = {}
         self.faults = Faults(config)
-        self.trainer = build_trainer(config, run, recipe, [*evaluations, self.faults], self.progress)
+        # Runs that are scored beside each other share one trainer: a machine can start only one group of processes.
+        self.progress: dict[str, int] = beside.progress if beside else {}
+        self.trainer: L.Trainer = (
+            beside.trainer if beside else build_trainer(config, run, recipe, [*evaluations, self.faults], self.progress)
+        )
         self.clip = clips.load(config.model, config.fit.from_scratch)
         if self.clip.model is not None:
             self.clip.model.to(self.trainer.strategy.root_device)  # class prompts are encoded there
@@ -81,6 +90,7 @@ class Study:
         self._check_towers()
         planner(config.quant)  # a mistake in its options ends the run here
         scoring = {name: block for name, block in config.callbacks.items() if name != "temperature"}
+        scoring |= {name: getattr(config.suite, name) for name in ("resamples", "negatives")}
         scoring["precision"] = config.trainer.precision
         self.suite = build_suite(config.suite, self.clip, scoring, cache_text=not config.fit.from_scratch)
         probing = config.fit.steps and config.fit.eval_every and not (run.folder / TRAINED).exists()
@@ -100,13 +110,17 @@ class Study:
         self.module = Student(
             config, self.clip, visual, clips.text_table_for(self.clip.visual, bank).features if bank else None
         )
-        self.module.classes = self.suite.classes
+        self.module.heads, self.module.ood_heads = self.suite.heads, self.suite.ood_heads
+        asked = dict.fromkeys(name for callback in self.callbacks.values() for name in getattr(callback, "scores", ()))
+        self.needs = needs(list(asked), self.clip, self.suite)
         if config.objective.class_cross_entropy and self.clip.tokenizer:
-            template = config.suite.templates[0]
-            self.module.class_tokens = self.clip.tokenizer([template.format(name) for name in CLASS_NAMES])
+            text = prompts(config.suite.templates).of(CLASS_NAMES)
+            self.module.class_tokens = self.clip.tokenizer([of_class[0] for of_class in text])
         self._check_refit()
         self.training_skipped = SkipCounter()
+        self.took = Counts(0, {})  # what the passes of this process took
         self.computed = False
+        self._calibrating: Scoring | None = None
 
     # -- what a run consists of --------------------------------------------------------------------------------------
 
@@ -119,6 +133,23 @@ class Study:
             *(["quantized"] if is_quantized(config.quant) else []),
             *(["trained" if config.fit.from_scratch else "adapted"] if config.fit.steps else []),
         ]
+
+    def key_of(self, visual: nn.Module, *options: str) -> str:
+        """Return what the feature stores call an encoder as this run computes with it."""
+        device, precision = self.trainer.strategy.root_device.type, self.config.trainer.precision
+        return fingerprint(
+            visual, self.clip.facts["activation"], repr(self.clip.preprocess), precision, device, *options
+        )
+
+    @cached_property
+    def fp32_key(self) -> str:
+        """Return that of the unquantized encoder, which no stage changes."""
+        return self.key_of(self.clip.visual)
+
+    @property
+    def mcm_temperature(self) -> float:
+        """Return MCM's temperature."""
+        return next((c.mcm_temperature for c in self.callbacks.values() if isinstance(c, OOD)), 1.0)
 
     @property
     def temperature(self) -> Temperature | None:
@@ -178,7 +209,8 @@ class Study:
         fit, model = self.config.fit, self.clip.facts
         named = f"{model['model']} ({model['pretrained'] or model['weights']}, {model['activation']})"
         lines = [f"{self.recipe} {self.run.id}: {' -> '.join(self.stages)}, {named}"]
-        left = {stage: self._missing([View(stage, self.module.logit_scale)]).images for stage in self.stages}
+        scale = self.module.logit_scale
+        left = {stage: distinct(self.missing([View(stage, scale)]).sets) for stage in self.stages}
         if any(left.values()):
             lines.append(f"  scoring: {' + '.join(f'{n} images {stage}' for stage, n in left.items() if n)}")
         if fit.steps and not (self.run.folder / TRAINED).exists():
@@ -200,31 +232,30 @@ class Study:
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
-    def score(self, views: list[View], step: int) -> None:
+    def score(self, views: list[View]) -> None:
         """Embed the sets whose rows some view still lacks, once, and store a row per evaluation and view."""
-        suite = self._missing(views)
-        if suite.sets:
-            self.say(f"{views[0].stage}: scoring {suite.images} images")
-            self.embed_pass(suite, views, step, self.run.folder)
+        if (scoring := Scoring(self, views)).suite.sets:
+            announce([scoring])
+            fill([scoring])
+            scoring.store()
 
-    def _missing(self, views: list[View]) -> Suite:
+    def missing(self, views: list[View]) -> Suite:
         """Return the sets that some evaluation gives rows of and that lack them under one of ``views``."""
         done = {view: self.run.done(view.stage) for view in views}
         roles = {role for callback in self.callbacks.values() for role in getattr(callback, "roles", ())}
+        fitted = any(FITTED & inputs for inputs in self.needs.available.values())
         return self.suite.missing(
-            lambda source: all((source.name, view.definition(source)) in done[view] for view in views), roles
+            lambda source: all((source.name, view.definition(source)) in done[view] for view in views), roles, fitted
         )
 
-    def embed_pass(self, suite: Suite, views: list[View], step: int, folder: Path | None) -> None:
-        """Embed ``suite`` once and have every evaluation report it under ``views``; files go to ``folder``, if any."""
+    def probe_again(self, step: int) -> None:
+        """Score the probe's sets as training does after ``step`` steps."""
         module = self.module
-        module.scored_views, module.scored_step, module.run_folder = views, step, folder
-        module.facts = self.facts(views[0].stage)
-        module.sources = [entry.source for entry in suite.sets]
-        loaders = self.loaders(suite)
+        assert self.probe is not None
+        module.probed, module.probed_step, module.facts = self.probe.sets, step, self.facts(self.stages[-1])
         self.computed = True
-        self.progress["batches"] = sum(len(loader) for loader in loaders)
-        self.trainer.validate(module, dataloaders=loaders, verbose=False)
+        self.trainer.validate(module, dataloaders=self.loaders(self.probe), verbose=False)
+        module.probed_step = None
 
     def train(self) -> None:
         """Train the student, or read back what an earlier process trained; resumes from its last checkpoint."""
@@ -239,17 +270,36 @@ class Study:
             # The weights come last: once they are there the stage counts as finished.
             self.state(logit_scale=self.module.logit_scale)
             self.write(TRAINED, lambda path: save_quantized(trained, path, self.config.model, self.fitted))
+        if self.config.fit.from_scratch:
+            self.module.encode_classes(self.clip)
         if self.trainer.is_global_zero:
             shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)  # they held what is now the model
+
+    def to_refit(self) -> Scoring | None:
+        """Return the scoring of the calibration images that the refit needs, None where it needs none or was fitted."""
+        temperature = self.temperature
+        if temperature is None or temperature.source != "calibration" or self._refit_name() in self.state():
+            return None
+        if self._calibrating is None:
+            self._calibrating = Scoring(self, [View(self.stages[-1], self.module.logit_scale)], self.suite.calibration)
+            self.say(f"refitting the temperature on {self._calibrating.suite.images} calibration images")
+        return self._calibrating
+
+    def _refit_name(self) -> str:
+        assert self.temperature is not None
+        return "/".join(filter(None, [self.temperature.stage, self._refit_definition()]))
+
+    def _refit_definition(self) -> str:
+        split = self.suite.only(roles={"calibration"}).sets
+        calibrated = self.temperature is not None and self.temperature.source == "calibration"
+        return split[0].source.definition if calibrated and split else ""
 
     def refit(self) -> View | None:
         """Return the view of the refitted logit scale, fitted or read back; None when the run has no refit."""
         temperature = self.temperature
         if temperature is None:
             return None
-        split = self.suite.only(roles={"calibration"}).sets
-        definition = split[0].source.definition if temperature.source == "calibration" and split else ""
-        name = "/".join(filter(None, [temperature.stage, definition]))
+        definition, name = self._refit_definition(), self._refit_name()
         known = self.state().get(name)
         if known is None:
             fit = self._refit(temperature)
@@ -257,26 +307,23 @@ class Study:
             self.run.append([row | {"step": self.config.fit.steps, "prompts": None}])
             known = fit.logit_scale
             if fit.at_bound:
-                self.say(
-                    f"  the fit ended at its bound, s = {known:g}: {temperature.count} images do not tell the scale"
-                )
+                self.say(f"  the fit ended at its bound, s = {known:g}: {fit.images} images do not tell the scale")
             self.state(**{name: known})
         return View(temperature.stage, known, definition)
 
     def _refit(self, temperature: Temperature) -> Any:
         current = self.module.logit_scale
-        if temperature.source == "calibration":
-            split = self.suite.only(roles={"calibration"})
-            self.say(f"refitting the temperature on {split.images} calibration images")
-            self.embed_pass(split, [View(self.stages[-1], current)], self.config.fit.steps, folder=None)
-            return temperature.fit(current)
+        if (scoring := self.to_refit()) is not None:
+            if scoring.embedder is None:
+                fill([scoring])
+            return self.broadcast(lambda: temperature.fit(*scoring.labelled(), current))
         captioned = self.captioned()
         self.say(f"refitting the temperature on {len(captioned.images)} images of {self.data.name}, no labels")
         texts = encode_text(self.scored_clip, captioned.captions) if self.module.bank is None else self.module.bank
         student, teacher = (
             self._features(captioned.images, visual) for visual in (self.module.visual, self.clip.visual)
         )
-        return temperature.fitted(student @ texts.T, teacher_probabilities(teacher, texts, current), current)
+        return temperature.fit(student @ texts.T, teacher_probabilities(teacher, texts, current), current)
 
     @property
     def skipped(self) -> SkipCounter:
@@ -320,6 +367,12 @@ class Study:
         return list(
             suite.loaders(self.config.suite.batch_size, self.config.fit.workers, self.trainer.global_rank, world)
         )
+
+    def broadcast(self, make: Callable[[], Any]) -> Any:
+        """Return what the first process makes, on all of them; each its own where no pass has brought them together yet."""
+        if not torch.distributed.is_initialized():
+            return make()
+        return self.trainer.strategy.broadcast(make() if self.trainer.is_global_zero else None)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -10,7 +10,6 @@ import lightning as L
 from qatlab.callbacks import Checkpoints, Curves, Profile
 from qatlab.checkpoints import last_whole, require_same
 from qatlab.data import CaptionModule, SkipCounter
-from qatlab.evaluation import View
 from qatlab.results import identity
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ def train(study: Study) -> SkipCounter:
     path, step = _last_checkpoint(study)
     study.say(f"training{f' on from {path.name}' if path else ''}")
     batches = _batches(study, step)
-    module.run_folder, module.scored_step = None, None
     module.facts = study.facts(study.stages[-1])
     trainer.fit(module, datamodule=batches, ckpt_path=path and str(path), weights_only=True)
     # Looped samples are the same on every rank, streamed ones are divided.
@@ -40,7 +38,7 @@ def _callbacks(study: Study) -> list[L.Callback]:
 def _batches(study: Study, start: int) -> CaptionModule:
     fit, probes = study.config.fit, []
     if study.probe is not None:
-        study.module.sources = [entry.source for entry in study.probe.sets]
+        study.module.probed = study.probe.sets
         probes = study.loaders(study.probe)
     return CaptionModule(
         study.data, study.clip.preprocess, study.clip.tokenizer, fit.batch_size, fit.unique_samples, fit.workers,
@@ -72,7 +70,7 @@ def _last_checkpoint(study: Study) -> tuple[Path | None, int]:
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}, module.logit_scale
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"])
-        study.embed_pass(study.probe, [View("probe", module.logit_scale)], step, folder=None)
+        study.probe_again(step)
         # Training restores the checkpoint itself, and measures how far the scales have moved from here.
         module.load_state_dict(before[0])
         module.logit_scale = before[1]

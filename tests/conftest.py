@@ -88,6 +88,12 @@ def subprocess_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of this test's own: no features of other tests lie there."""
+    monkeypatch.setenv("QATLAB_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def small_options() -> list[str]:
     """The overrides that make a run small, for a command line."""

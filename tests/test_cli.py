@@ -129,7 +129,6 @@ MISTAKES = {
     f"{LIGHT} fit.lr=slow": ["fit.lr=slow: it takes a number"],
     f"{LIGHT} force=maybe": ["force=maybe: it takes true or false"],
     f"{LIGHT} fit.grad_clip=x": ["fit.grad_clip=x: it takes a number or null"],
-    f"{LIGHT} suite.templates=a": ["suite.templates=a: it takes a list"],
     f"{LIGHT} wandb=off": ["wandb=off: it takes options of its own (mode, project, entity)"],
     f"{LIGHT} fit.steps": ["fit.steps has no value", "name=value"],
     f"{LIGHT} wandb.project=a(b": ["could not read wandb.project=a(b", "\"wandb.project='a(b'\""],

@@ -45,11 +45,16 @@ STAGES = {
 ADAPTED = ["fp32", "quantized", "adapted"]
 SCORES = ["msp", "energy", "max_logit", "mcm"]
 # What a row of the suite of conftest is about: (dataset, score)
-ROWS = {("id", "zero_shot"), ("noise", "zero_shot"), *(("near_ood", score) for score in SCORES)}
+ROWS = {
+    *(("id", score) for score in ("zero_shot", "refit_none", "refit_temperature", "refit_isotonic")),
+    ("noise", "zero_shot"),
+    *((name, score) for name in ("noise", "near_ood") for score in SCORES),
+}
+FITTED = {("calibration", "logit_scale_fit"), *(row for row in ROWS if not row[1].startswith("refit"))}
 KEYS = {
     *("run_id", "stage", "step", "recipe", "model", "pretrained", "weights", "activation", "method", "tower"),
     *("weight_bits", "act_bits", "objective", "data", "dataset", "role", "reference", "definition", "score", "prompts"),
-    *("n", "metrics", "logit_scale", "seed", "config", "versions", "commit"),
+    *("n", "metrics", "intervals", "paired", "logit_scale", "temperature", "seed", "config", "versions", "commit"),
 }
 
 
@@ -69,10 +74,11 @@ class Done:
         return row
 
 
-def listened(work: Callable[..., Run], *arguments: Any) -> Done:
+def listened(work: Callable[..., Run | list[Run]], *arguments: Any) -> Done:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        run = work(*arguments)
+        done = work(*arguments)
+    (run,) = done if isinstance(done, list) else [done]
     return Done(run, said.getvalue())
 
 
@@ -91,8 +97,8 @@ def runs(small_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each call of an image encoder got, the unquantized ones' and the quantized ones'."""
+def encoded(monkeypatch: pytest.MonkeyPatch, cold: None) -> list[int]:
+    """How many images each call of an image encoder got, the unquantized ones' and the quantized ones'; none is known yet."""
     found: list[int] = []
     forward = VisionTransformer.forward
 
@@ -115,7 +121,7 @@ def test_every_recipe_runs_and_stores_its_rows(runs: Callable[[str], Done], reci
     rows = done.rows
     for stage in [*stages, "temperature"]:
         at = [row for row in rows if row["stage"] == stage]
-        expected = ROWS | {("calibration", "logit_scale_fit")} if stage == "temperature" else ROWS
+        expected = FITTED if stage == "temperature" else ROWS
         assert {(row["dataset"], row["score"]) for row in at} == expected
         assert {row["step"] for row in at} == {0 if stage in ("fp32", "quantized") else steps}
     probes = [row for row in rows if row["stage"] == "probe"]
@@ -327,18 +333,18 @@ def test_the_same_command_again_computes_nothing(
     assert table in again.said
 
 
-def test_a_grown_suite_gets_only_the_new_set_and_its_reference(
+def test_a_grown_suite_embeds_the_new_set_alone(
     small: Options, small_fit: Fit, tmp_path: Path, encoded: list[int]
 ) -> None:
     small_fit("ptq", tmp_path, "~suite.sets.noise")
     encoded.clear()
     done = listened(small_fit, "ptq", tmp_path)
-    # the new set and its reference, in full precision and quantized (the refit is another reading of the same pass)
-    assert sum(encoded) == 2 * 2 * 32
+    # in full precision and quantized (the refit is another reading); the features of its reference are there
+    assert sum(encoded) == 2 * 32
     assert "scoring: 64 images fp32 + 64 images quantized" in done.said
     for stage in ("fp32", "quantized", "temperature"):
         at = {(row["dataset"], row["score"]) for row in done.rows if row["stage"] == stage}
-        assert at >= ROWS
+        assert at >= (FITTED if stage == "temperature" else ROWS)
         frame = pl.read_parquet(done.run.folder / "predictions" / f"{stage}.parquet")
         assert frame.group_by("dataset").len().sort("dataset").rows() == [("id", 32), ("near_ood", 32), ("noise", 32)]
 
@@ -348,7 +354,8 @@ def test_results_of_other_images_are_not_mistaken_for_these(small_fit: Fit, tmp_
     encoded.clear()
     done = listened(small_fit, "fp32", tmp_path, "suite.seed=1")
     assert sum(encoded) == (3 + 1) * 32
-    assert len([row for row in done.rows if row["stage"] == "fp32" and row["dataset"] == "id"]) == 2
+    of_id = [row for row in done.rows if (row["stage"], row["dataset"], row["score"]) == ("fp32", "id", "zero_shot")]
+    assert len(of_id) == 2
     first, again = (listened(small_fit, "fp32", tmp_path, *options).said for options in ([], ["suite.seed=1"]))
     table, other = (said.split("rows  ")[0] for said in (first, again))
     assert table != other  # each shows its own images' numbers, whichever were stored last
@@ -357,7 +364,7 @@ def test_results_of_other_images_are_not_mistaken_for_these(small_fit: Fit, tmp_
 # -- progress, and a stop after the last step ------------------------------------------------------------------------
 
 
-def test_the_time_left_is_told_of_passes_and_training_alone(small_fit: Fit, tmp_path: Path) -> None:
+def test_the_time_left_is_told_of_passes_and_training_alone(small_fit: Fit, tmp_path: Path, cold: None) -> None:
     """The probes inside training, of two batches each, are no steps."""
     lines = listened(small_fit, "light_qat_lsq_pc", tmp_path, "fit.steps=4").said.splitlines()
     told = [line.split(",")[0].strip() for line in lines if line.endswith("s left")]
@@ -389,7 +396,7 @@ def test_an_unquantized_model_scores_as_it_does_in_a_fit(
 
 
 def test_quantization_and_training_options_do_not_reach_an_unquantized_model(small: Options, tmp_path: Path) -> None:
-    with_options, without, from_scratch = (
+    [with_options], [without], [from_scratch] = (
         evaluate(small(recipe, f"output={tmp_path}", "suite.images=4", "~suite.sets.noise"), "evaluate")
         for recipe in ("light_qat", "fp32", "pretrain_tiny")
     )
@@ -416,10 +423,12 @@ def test_a_finished_run_is_scored_on_more(
     assert done.run.folder == finished.folder
     assert done.rows[: len(before)] == before
     added = done.rows[len(before) :]
-    assert {(row["stage"], row["dataset"]) for row in added} == {("adapted", "noise"), ("temperature", "noise")}
-    assert sum(encoded) == 2 * 32
+    assert {(row["stage"], row["dataset"]) for row in added} == {
+        (stage, "noise") for stage in ("fp32", "adapted", "temperature")
+    }
+    assert sum(encoded) == 2 * 2 * 32  # two sets, in full precision too
     for row in added:
-        expected = runs("light_qat_lsq").of(row["stage"], "noise")
+        expected = runs("light_qat_lsq").of(row["stage"], "noise", row["score"])
         assert {**row, "config": None} == {**expected, "config": None}
     encoded.clear()
     again = listened(evaluate, checkpoint(small, finished), "evaluate")
@@ -452,7 +461,7 @@ def test_a_finished_run_is_scored_on_another_suite(small: Options, finished: Run
 
 
 def test_rows_added_at_another_precision_belong_to_the_run(small: Options, finished: Run) -> None:
-    run = evaluate(checkpoint(small, finished, "trainer.precision=bf16-mixed"), "evaluate")
+    (run,) = evaluate(checkpoint(small, finished, "trainer.precision=bf16-mixed"), "evaluate")
     assert {row["run_id"] for row in run.rows()} == {finished.id}
 
 

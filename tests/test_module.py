@@ -19,6 +19,7 @@ from qatlab import clip as clips
 from qatlab.clip import Clip
 from qatlab.config import Config, ModelConfig
 from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet
+from qatlab.data.heads import Head
 from qatlab.errors import UserError
 from qatlab.module import MAX_LEARNED_SCALE, Student
 from qatlab.quant import LSQ, Quantizer, calibrate
@@ -213,11 +214,12 @@ def test_a_trained_text_tower_is_read_anew_in_every_pass(small: Options) -> None
     config = small("pretrain_tiny")
     clip = clips.load(config.model, from_scratch=True)
     module = Student(config, clip, clip.visual)
-    module.classes = {"id": class_features(clip, CLASS_NAMES, config.suite.templates, cache=False)}
-    before = module.classes["id"].features
+    templates = config.suite.templates
+    module.heads = {"id": Head(class_features(clip, CLASS_NAMES, templates, cache=False), tuple(templates))}
+    before = module.heads["id"].classes.features
     clip.model.text_projection.data.mul_(-1)  # type: ignore[union-attr, operator]
     module.on_validation_start()
-    torch.testing.assert_close(module.classes["id"].features, -before)
+    torch.testing.assert_close(module.heads["id"].classes.features, -before)
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------

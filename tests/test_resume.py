@@ -38,6 +38,7 @@ Options = Callable[..., Config]
 # Runs the command line, and strikes the process of one rank with a signal where it is told to.
 STRIKING = """
 import os, signal
+from qatlab.embedding import Embedder
 from qatlab.module import Student
 
 number, place, step, rank = os.environ["STRIKE"].split(",")
@@ -51,6 +52,7 @@ def strike(module):
         os.kill(os.getpid(), int(number))
 
 train, validate, save = Student.training_step, Student.validation_step, Student.on_save_checkpoint
+predict = Embedder.predict_step
 
 def training_step(self, batch, batch_idx):
     if place == "train":
@@ -58,9 +60,14 @@ def training_step(self, batch, batch_idx):
     return train(self, batch, batch_idx)
 
 def validation_step(self, batch, batch_idx, dataloader_idx=0):
-    if place == self.views[0].stage and dataloader_idx == 1:
+    if place == "probe" and dataloader_idx == 1:
         strike(self)
     return validate(self, batch, batch_idx, dataloader_idx)
+
+def predict_step(self, batch, batch_idx, dataloader_idx=0):
+    if place == "quantized" and len(self.encoders) == 2 and dataloader_idx == 1:  # FP32 goes along with it
+        strike(self)
+    return predict(self, batch, batch_idx, dataloader_idx)
 
 def on_save_checkpoint(self, checkpoint):
     if place == "save":
@@ -68,6 +75,7 @@ def on_save_checkpoint(self, checkpoint):
     return save(self, checkpoint)
 
 Student.training_step, Student.validation_step = training_step, validation_step
+Embedder.predict_step = predict_step
 Student.on_save_checkpoint = on_save_checkpoint
 
 if __name__ == "__main__":
@@ -93,7 +101,8 @@ def command(
         base = [*small_options, "fit.batch_size=8", "fit.unique_samples=16"]
         base = [option for option in base if option.split("=")[0] not in given]
         line = [sys.executable, str(program), f"recipe={RECIPE}", f"output={output}", *base, *options]
-        environment = {**subprocess_environment, "STRIKE": strike, "OMP_NUM_THREADS": "1"}
+        cache = os.environ["QATLAB_CACHE"]  # a test may have one of its own
+        environment = {**subprocess_environment, "QATLAB_CACHE": cache, "STRIKE": strike, "OMP_NUM_THREADS": "1"}
         return subprocess.run(line, env=environment, cwd=output, capture_output=True, text=True, timeout=300, **more)
 
     return run
@@ -182,7 +191,7 @@ def test_a_second_ctrl_c_stops_at_once(small_fit: Fit, unstopped: Any, tmp_path:
 
 
 def test_a_signal_while_scoring_repeats_that_pass_alone(
-    command: Struck, small_fit: Fit, unstopped: Any, tmp_path: Path, capsys: Any
+    command: Struck, small_fit: Fit, unstopped: Any, tmp_path: Path, capsys: Any, cold: None
 ) -> None:
     stopped = command(tmp_path, f"{int(signal.SIGTERM)},quantized,0,0", *LOOPED)
     assert stopped.returncode == 75, stopped.stderr

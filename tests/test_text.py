@@ -226,7 +226,7 @@ def test_the_quantized_stage_is_scored_against_the_quantized_classes(clip: Clip,
         features = visual(pixels).double()
         logits = clip.logit_scale * (features / features.norm(dim=1, keepdim=True)) @ head.T
         nll = torch.nn.functional.cross_entropy(logits, torch.tensor(labels))
-        (row,) = [r for r in run.rows() if (r["stage"], r["dataset"]) == (stage, "id")]
+        (row,) = [r for r in run.rows() if (r["stage"], r["dataset"], r["score"]) == (stage, "id", "zero_shot")]
         assert row["metrics"]["nll"] == pytest.approx(float(nll), rel=1e-4)
 
 
@@ -245,9 +245,10 @@ def test_a_second_start_reads_the_text_tower_back(
     seen: dict[str, Any] = {}
     conclude = report.conclude
 
-    def watched(study: Any) -> None:
-        seen.update(classes=study.module.classes["id"].features, facts=study.facts("quantized"))
-        conclude(study)
+    def watched(studies: Any) -> None:
+        (study,) = studies
+        seen.update(classes=study.module.heads["id"].classes.features, facts=study.facts("quantized"))
+        conclude(studies)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("calibrated again")
@@ -262,7 +263,7 @@ def test_a_second_start_reads_the_text_tower_back(
     assert again.rows() == rows
     _, after = heads(clip, run)
     torch.testing.assert_close(seen["classes"].double(), after, rtol=0, atol=1e-6)
-    (row,) = [row for row in rows if (row["stage"], row["dataset"]) == ("quantized", "id")]
+    row = next(row for row in rows if (row["stage"], row["dataset"]) == ("quantized", "id"))
     assert seen["facts"]["class_cosine_mean"] == row["class_cosine_mean"]
     for name, content in stored.items():
         assert (run.folder / name).read_bytes() == content

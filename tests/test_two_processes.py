@@ -50,7 +50,7 @@ def numbers(folder: Path) -> dict[tuple[Any, ...], Any]:
 
 def test_every_metric_is_equal_to_the_last_bit(evaluated: dict[int, tuple[Path, str]]) -> None:
     one, two = (numbers(evaluated[devices][0]) for devices in (1, 2))
-    assert len(one) == 13
+    assert len(one) == 24
     assert {n for _, n, _ in one.values()} == {33}
     assert two == one
 
@@ -64,7 +64,7 @@ def test_so_is_every_image(evaluated: dict[int, tuple[Path, str]]) -> None:
 
 def test_two_processes_speak_once(evaluated: dict[int, tuple[Path, str]]) -> None:
     for _, said in evaluated.values():
-        assert said.count("fp32: scoring 99 images") == 1
+        assert said.count("fp32, temperature: scoring 99 images") == 1
         assert said.count("after temperature") == 1
         assert said.count(": fp32, tiny (tiny, gelu)") == 1
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from qatlab import clip as clips
 from qatlab.clip import Clip
 from qatlab.config import ModelConfig
 from qatlab.data import TextTable
+from qatlab.data.prompts import prompts
 from qatlab.errors import UserError
-from qatlab.zeroshot import class_features, encode_text
+from qatlab.zeroshot import class_features, cut_batches, encode_text, text_features
 
 NAMES = ["circle", "star", "square"]
 TEMPLATES = ["a photo of a {}", "there is a {}"]
@@ -133,6 +137,92 @@ def test_encoded_texts_are_unit_vectors_in_any_chunking(clip: Clip) -> None:
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(whole, pieces)
     assert not whole.requires_grad
+
+
+TEXT = {"context_length": 12, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2}
+VISION = {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+TOWERS = {
+    "argmax": (open_clip.CLIP, {}),
+    "eos": (open_clip.CLIP, {"pool_type": "eos", "eos_id": 39}),
+    "argmax, a module of its own": (open_clip.CustomTextCLIP, {}),
+    "not causal": (open_clip.CLIP, {"no_causal_mask": True}),
+    "class token": (open_clip.CustomTextCLIP, {"embed_cls": True}),
+    "last": (open_clip.CLIP, {"pool_type": "last"}),
+}
+CUT = ["argmax", "eos", "argmax, a module of its own"]
+
+
+def made(tower: str) -> Any:
+    torch.manual_seed(0)
+    kind, options = TOWERS[tower]
+    model = kind(embed_dim=24, vision_cfg=VISION, text_cfg={**TEXT, **options}).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def some_tokens(texts: list[str]) -> Tensor:
+    """A text is a number of words; its end has the highest id, and its first word the padding's."""
+    rows = [[38, *range(int(text)), 39] for text in texts]
+    return torch.tensor([row + [0] * (12 - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_features_are_those_of_the_whole_context(tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = made(tower), [str(words) for words in (3, 1, 10, 2, 1, 5, 4, 1, 7)]
+    clip = clips.load(ModelConfig())
+    clip.model, clip.tokenizer = model, some_tokens
+    expected = normalize(model.encode_text(some_tokens(texts)), dim=-1)
+    lengths, encode = [], model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda tokens: (lengths.append(tokens.shape[1]), encode(tokens))[1])
+    found = encode_text(clip, texts, batch_size=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert lengths == ([3, 4, 6, 9, 12] if tower in CUT else [12] * 5)
+    assert model.state_dict().keys() == made(tower).state_dict().keys()
+    assert torch.equal(encode(some_tokens(texts)), model.encode_text(some_tokens(texts)))
+
+
+@torch.no_grad()
+def test_the_tiny_models_features_are_those_of_the_whole_context(clip: Clip) -> None:
+    texts = ["a circle", "a photo of a small red star in the sky", "there is a square", "a"]
+    model: Any = clip.model
+    whole = normalize(model.encode_text(clip.tokenizer(texts)), dim=-1)  # type: ignore[misc]
+    torch.testing.assert_close(encode_text(clip, texts), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encode_text(clip, texts, batch_size=1), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("templates", ["imagenet80", "imagenet7", "mcm"])
+def test_a_fraction_of_the_tokens_of_imagenets_prompts_is_encoded(templates: str) -> None:
+    texts = [text for of_class in prompts(templates).of(open_clip.IMAGENET_CLASSNAMES[::8]) for text in of_class]
+    tokens = open_clip.get_tokenizer("ViT-B-32")(texts)
+    model = open_clip.CLIP(embed_dim=8, vision_cfg=VISION, text_cfg={"width": 16, "heads": 1, "layers": 1})
+    batches = list(cut_batches(model, tokens, 256))
+    assert sorted(torch.cat([rows for rows, _ in batches]).tolist()) == list(range(len(texts)))
+    for rows, length in batches:
+        assert not tokens[rows, length:].any()
+    assert sum(len(rows) * length for rows, length in batches) <= 0.2 * tokens.numel()
+
+
+def test_a_packaged_set_is_named_in_the_results(clip: Clip, calls: list[int]) -> None:
+    head = class_features(clip, NAMES, "mcm")
+    assert head.prompts == "mcm"
+    calls.clear()
+    same = class_features(clip, NAMES, ["a photo of a {}"])
+    assert same.prompts == "a photo of a {}"
+    assert torch.equal(head.features, same.features)
+    assert calls == []
+
+
+def test_texts_of_no_class_are_encoded_once(clip: Clip, calls: list[int]) -> None:
+    texts = ["a photo", "a picture of the sky"]
+    first = text_features(clip, texts)
+    assert calls == [2]
+    assert torch.equal(text_features(clip, texts), first)
+    assert calls == [2]
+    text_features(clip, texts[::-1])
+    text_features(clip, texts, cache=False)
+    assert calls == [2, 2, 2]
+    torch.testing.assert_close(first, encode_text(clip, texts))
 
 
 def test_a_table_gives_its_rows_in_the_order_asked_for() -> None:

@@ -9,14 +9,13 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import qatlab
-from qatlab.callbacks import OOD, Calibration, Predictions
-from qatlab.evaluation import Evaluation, Prediction, Source, View
+from qatlab.callbacks import OOD, Calibration
+from qatlab.evaluation import ALWAYS, Evaluation, Pass, Prediction, Source, View
 
 VIEWS = [View("adapted", 100.0), View("temperature", 31.25)]
 CLASSES = {"birds": 12, "tools": 5}
@@ -41,20 +40,29 @@ class World:
     views: list[View]
 
     def drive(
-        self, evaluation: Evaluation, folder: Path | None = None, rank: int = 0, ranks: int = 1, batch: int = 7
+        self,
+        evaluation: Evaluation,
+        folder: Path | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        batch: int = 7,
+        resamples: int = 0,
+        of_views: dict[View, dict[Source, torch.Tensor]] | None = None,
     ) -> list[dict]:
-        trainer = SimpleNamespace(is_global_zero=rank == 0)
-        module = SimpleNamespace(
-            views=self.views, sources=list(self.cosines), device=torch.device("cpu"), run_folder=folder
+        """The rows of a pass; ``of_views`` gives every view cosines of its own, as of several encoders."""
+        scored = [source for source in self.cosines if source.role != "calibration"]
+        device, available = torch.device("cpu"), dict.fromkeys(CLASSES, ALWAYS)
+        encoders = (
+            [([view], cosines) for view, cosines in of_views.items()] if of_views else [(self.views, self.cosines)]
         )
-        evaluation.on_validation_start(trainer, module)
-        for source in self.cosines:
-            share = self._share(source, rank, ranks)
-            for index in share.split(batch) if len(share) else ():  # a split of nothing is one empty batch
-                prediction = Prediction(
-                    source, torch.empty(len(index), 2), self.cosines[source][index], self.labels[source][index], index
-                )
-                evaluation.on_validation_batch_end(trainer, module, prediction, None, 0)
+        views = [view for of_encoder, _ in encoders for view in of_encoder]
+        evaluation.start(Pass(views, scored, device, folder, ranks > 1, resamples, available))
+        for of_encoder, cosines in encoders:
+            for source in scored:
+                share = self._share(source, rank, ranks)
+                for index in share.split(batch) if len(share) else ():  # a split of nothing is one empty batch
+                    features, labels = torch.empty(len(index), 2), self.labels[source][index]
+                    evaluation.update(Prediction(source, features, cosines[source][index], labels, index, of_encoder))
         return evaluation.compute()
 
     def _share(self, source: Source, rank: int, ranks: int) -> torch.Tensor:
@@ -85,7 +93,7 @@ def world() -> World:
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two gloo processes left their rows (``rank<r>.json``) and predictions of one shared pass."""
+    """The folder in which two gloo processes left their rows (``rank<r>.json``) of one shared pass."""
     folder = tmp_path_factory.mktemp("two_ranks")
     root = str(Path(qatlab.__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -108,7 +116,6 @@ def main(rank: int, folder: Path) -> None:
     rows = {
         "calibration": world.drive(Calibration(), rank=rank, ranks=2, batch=4),
         "ood": world.drive(OOD(), rank=rank, ranks=2, batch=4),
-        "predictions": world.drive(Predictions(), folder=folder, rank=rank, ranks=2, batch=4),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(rows))
     torch.distributed.destroy_process_group()

@@ -2,26 +2,47 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.classification import binary_calibration_error
+from scipy.stats import binomtest
+from sklearn.metrics import balanced_accuracy_score
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from qatlab.callbacks import Calibration
+from qatlab.evaluation import View
+
+INTERVALS = {"top1", "top5", "mean_per_class", "ece", "ece_equal_mass", "mce", "smooth_ece", "nll", "brier"}
+INTERVALS |= {"confidence_gap", "aurc"}
 
 
 def expected(world, source, scale: float) -> dict[str, float]:
-    """The four figures from a plain float64 softmax."""
+    """The figures from a plain float64 softmax."""
     logits, labels = scale * world.cosines[source].double(), world.labels[source]
-    confidence, prediction = logits.softmax(1).max(1)
+    probabilities = logits.softmax(1)
+    confidence, prediction = probabilities.max(1)
     correct = prediction == labels
+    classes = probabilities.shape[1]
+    classwise = [
+        binary_calibration_error(probabilities[:, k], (labels == k).long(), n_bins=15).item() for k in range(classes)
+    ]
+    first = logits.sort(dim=1, descending=True, stable=True).indices[:, :5]  # of equal ones the first class
+    risk = [1 - correct[confidence >= threshold].double().mean() for threshold in confidence.sort(descending=True)[0]]
     return {
         "top1": float(correct.double().mean()),
+        "top5": float((first == labels[:, None]).any(1).double().mean()),
+        "mean_per_class": float(balanced_accuracy_score(labels, prediction)),
         "ece": float(binary_calibration_error(confidence, correct.long(), n_bins=15)),
+        "mce": float(multiclass_calibration_error(probabilities, labels, classes, 15, norm="max")),
         "nll": float(torch.nn.functional.cross_entropy(logits, labels)),
+        "brier": float((probabilities - torch.eye(classes)[labels]).square().sum(1).mean()),
         "confidence_gap": float(confidence.mean() - correct.double().mean()),
+        "aurc": float(np.mean(risk)) if confidence.unique().numel() == len(confidence) else float("nan"),
+        "ece_classwise": float(np.mean(classwise)),
     }
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_rows_match_brute_force(world):
     rows = world.drive(Calibration())
     labelled = [source for source in world.cosines if source.role in ("id", "shifted")]
@@ -33,7 +54,43 @@ def test_rows_match_brute_force(world):
     for row, source in zip(rows, labelled * 2, strict=True):
         assert row["score"] == "zero_shot"
         assert row["n"] == len(world.labels[source])
-        assert row["metrics"] == pytest.approx(expected(world, source, row["logit_scale"]), abs=1e-12)
+        wanted = expected(world, source, row["logit_scale"])
+        assert set(row["metrics"]) == {*wanted, "ece_equal_mass", "smooth_ece"}
+        for name, value in wanted.items():
+            if not np.isnan(value):
+                assert row["metrics"][name] == pytest.approx(value, abs=1e-6 if name == "mce" else 1e-9), name
+        assert row["intervals"] == row["paired"] == {}
+
+
+def test_every_metric_has_an_interval_and_a_difference_from_fp32_where_there_is_one(world):
+    world.views = [View("fp32", 100.0), View("quantized", 30.0)]
+    rows = world.drive(Calibration(), resamples=200)
+    assert {frozenset(row["intervals"]) for row in rows} == {frozenset(INTERVALS)}
+    for row in rows:
+        low, high = row["intervals"]["top1"]
+        assert low <= row["metrics"]["top1"] <= high
+        assert set(row["paired"]) == ({"top1", "ece", "nll"} if row["stage"] == "quantized" else set())
+    by_stage = {(row["stage"], row["dataset"]): row for row in rows}
+    for row in rows:
+        for name, found in row["paired"].items():
+            before = by_stage["fp32", row["dataset"]]["metrics"][name]
+            assert found["value"] == pytest.approx(row["metrics"][name] - before, abs=1e-12)
+            assert found["low"] <= found["high"]
+
+
+def test_accuracy_is_paired_by_mcnemars_test(world):
+    """Two encoders: the same images, other cosines."""
+    before = View("fp32", 100.0)
+    after = View("quantized", 100.0)
+    other = {source: cosines.roll(1, 0) for source, cosines in world.cosines.items()}
+    rows = world.drive(Calibration(), resamples=20, of_views={before: world.cosines, after: other})
+    for row in rows:
+        if row["stage"] == "quantized":
+            source = next(s for s in world.cosines if (s.name, s.reference) == (row["dataset"], row["reference"]))
+            first, second = (c[source].argmax(1) == world.labels[source] for c in (world.cosines, other))
+            losses, gains = int((first & ~second).sum()), int((~first & second).sum())
+            assert losses + gains > 0
+            assert row["paired"]["top1"]["p_value"] == pytest.approx(binomtest(gains, losses + gains).pvalue)
 
 
 def test_batches_and_order_do_not_matter(world):
@@ -46,8 +103,11 @@ def test_a_second_pass_forgets_the_first(world):
 
 
 def test_two_processes_give_the_same_rows_to_the_last_bit(world, two_ranks):
+    alone = world.drive(Calibration())
+    for row in alone:
+        del row["metrics"]["ece_classwise"]  # a probe has none
     for rank in (0, 1):
-        assert json.loads((two_ranks / f"rank{rank}.json").read_text())["calibration"] == world.drive(Calibration())
+        assert json.loads((two_ranks / f"rank{rank}.json").read_text())["calibration"] == alone
 
 
 def test_an_image_without_label_in_a_labelled_set_is_an_error(world):

@@ -46,11 +46,3 @@ def test_an_image_that_comes_twice_counts_once():
 def test_a_missing_column_is_an_error():
     with pytest.raises(KeyError, match="value"):
         Columns(["value"]).update(torch.tensor([0]))
-
-
-def test_a_wide_column_keeps_its_width():
-    columns = Columns(["cosines"], {"cosines": 3})
-    assert columns.compute()["cosines"].shape == (0, 3)
-    columns = Columns(["cosines"], {"cosines": 3})
-    columns.update(torch.tensor([1, 0]), cosines=torch.arange(6.0).reshape(2, 3))
-    assert columns.compute()["cosines"].tolist() == [[3.0, 4.0, 5.0], [0.0, 1.0, 2.0]]

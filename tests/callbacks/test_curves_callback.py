@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from qatlab import training
 from qatlab.callbacks.curves import Curves, gradient_norms, layer_means, learned_scales
 from qatlab.config import Config
-from qatlab.evaluation import View
 from qatlab.loggers import merge_curves
 from qatlab.quant import LSQ, layer_report
 from qatlab.quant.layers import quant_layers
@@ -245,17 +244,13 @@ def test_a_resumed_run_measures_from_the_same_start(small: Options, trained: Tra
         assert {name: curves[step][name] for name in expected} == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.parametrize("stage", ["adapted", "probe"])
-def test_only_rank_zero_pays_for_the_report_and_only_beside_a_probe(
-    stage: str, trained: Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_rank_zero_pays_for_the_report(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[dict[str, float], int]] = []
     logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((values, step)))
     module = trained.study.module
-    monkeypatch.setattr(module, "scored_step", 5)  # a pass outside training: of a stage, or a probe that is made up for
-    monkeypatch.setattr(module, "scored_views", [View(stage, 1.0)])
+    monkeypatch.setattr(module, "probed_step", 5)  # one that is made up for
     curves = Curves(trained.images)
     for rank_zero in (False, True):
         trainer: Any = SimpleNamespace(is_global_zero=rank_zero, loggers=[logger])
         curves.on_validation_end(trainer, module)
-        assert [step for _, step in logged] == ([5] if rank_zero and stage == "probe" else [])
+        assert [step for _, step in logged] == ([5] if rank_zero else [])

@@ -6,7 +6,7 @@ import torch
 
 from qatlab.callbacks import OOD, Calibration, Predictions
 from qatlab.errors import UserError
-from qatlab.metrics.ood import auroc
+from qatlab.metrics.detection import auroc
 
 
 def rows_of(frame: polars.DataFrame, source) -> polars.DataFrame:
@@ -53,21 +53,9 @@ def test_the_files_hold_what_the_rows_are_made_of(world, tmp_path):
             assert row["metrics"]["auroc"] == auroc(inside, outside)
 
 
-def test_two_processes_write_the_same_file(world, two_ranks, tmp_path):
-    world.drive(Predictions(), folder=tmp_path)
-    for stage in ("adapted", "temperature"):
-        one, two = (polars.read_parquet(root / "predictions" / f"{stage}.parquet") for root in (tmp_path, two_ranks))
-        assert one.equals(two)
-
-
 def test_a_probe_writes_nothing(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert world.drive(Predictions(), folder=None) == []
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_only_rank_zero_writes(world, tmp_path):
-    assert world.drive(Predictions(), folder=tmp_path, rank=1, ranks=1) == []
     assert list(tmp_path.iterdir()) == []
 
 
