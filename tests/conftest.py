@@ -20,6 +20,7 @@ SETS = OmegaConf.load(recipe_files("suite")["embedded"]).sets
 SMALL = [
     "trainer.accelerator=cpu",
     "suite.images=32",
+    "suite.resamples=20",  # 1000 would be most of such a run
     *(f"~suite.sets.{name}" for name in SETS if name not in ("id", "calibration", "near_ood", "noise")),
     "suite.probe_sets=[id,near_ood]",
     "suite.probe_images=16",
