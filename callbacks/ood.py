@@ -140,7 +140,8 @@ def _paired(
     of_after: Columns,
 ) -> dict[str, Difference]:
     old, new = ((sides[0][score], sides[1][score]) for sides in (before, after))
-    values = {name: value - detection(*old)[name] for name, value in detection(*new).items()}
+    measured = detection(*old)
+    values = {name: value - measured[name] for name, value in detection(*new).items()}
     found = {name: paired_bootstrap(value, of_before[name], of_after[name]) for name, value in values.items()}
     # DeLong's variance needs two images on each side.
     return found | ({"auroc": delong(old, new)} if min(map(len, new)) > 1 else {})

@@ -151,23 +151,23 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def at(self, place: int) -> Tensor:
         """Return the image at a place of the layout, (3, S, S) uint8, whether the set picks it or not."""
-        image, name = self._raw(place), self.layout.name(place)
+        image = self._raw(place)
         try:
             if self.corruption is not None:
-                return self.corruption.fit(self.preprocess, image, name)
+                return self.corruption.fit(self.preprocess, image, self.layout.name(place))
             return self.preprocess.fit(image).contiguous()
         except BadImage as error:
-            raise UserError(
-                f"{self.path / name} cannot be read as an image: {error}. Replace it or delete it."
-            ) from error
+            raise self._unreadable(place, error) from error
 
     def _raw(self, place: int) -> Tensor:
         try:
             return self.layout.pixels(place)
         except (BadImage, OSError) as error:
-            raise UserError(
-                f"{self.path / self.layout.name(place)} cannot be read as an image: {error}. Replace it or delete it."
-            ) from error
+            raise self._unreadable(place, error) from error
+
+    def _unreadable(self, place: int, error: Exception) -> UserError:
+        file = self.path / self.layout.name(place)
+        return UserError(f"{file} cannot be read as an image: {error}. Replace it or delete it.")
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.at(self.places[index]), self.labels[index]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+
+from qatlab.metrics.arrays import as_array
 
 
 def top_k_accuracy(rank: Any, k: int = 1) -> float:
@@ -34,7 +35,7 @@ def mean_per_class_accuracy(correct: Any, labels: Any) -> float:
 
 
 def _column(values: Any, name: str) -> np.ndarray:
-    column = np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    column = as_array(values, np.float64)
     if column.ndim != 1 or not len(column) or not np.isfinite(column).all():
         raise ValueError(f"{name} needs the shape (N,) with N > 0 and finite values, not {column.shape}")
     return column

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+
+from qatlab.metrics.arrays import as_array
 
 BELOW_ONE = float(np.nextafter(1.0, 0.0))
 
@@ -77,10 +78,7 @@ def maximum_calibration_error(confidence: Any, correct: Any, n_bins: int = 15) -
 
 def outcomes(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return both as float64 (N,) arrays; ValueError on no image, unequal shapes, no probability and no 0 or 1."""
-    confidences, hits = (
-        np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
-        for values in (confidence, correct)
-    )
+    confidences, hits = (as_array(values, np.float64) for values in (confidence, correct))
     if confidences.ndim != 1 or confidences.shape != hits.shape or not len(hits):
         shapes = f"{confidences.shape} and {hits.shape}"
         raise ValueError(f"confidence and correct need the same shape (N,) with N > 0, not {shapes}")

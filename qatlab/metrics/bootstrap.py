@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from qatlab.metrics.arrays import as_array
 from qatlab.metrics.bins import outcomes
 from qatlab.metrics.detection import finite_scores
 from qatlab.metrics.ranked import Ranked
@@ -26,14 +26,14 @@ def bootstrap_classification(
     same images with the same seed and strata have the same resamples, so the differences of their replicates are paired.
     Raises ValueError as the metrics do.
     """
-    classes = _array(labels)
+    classes = as_array(labels)
     confidence, correct = outcomes(scored["confidence"], scored["correct"])
-    nll, brier, rank = (_array(scored[name]) for name in ("nll", "brier", "rank"))
+    nll, brier, rank = (as_array(scored[name]) for name in ("nll", "brier", "rank"))
     for name, values in {"labels": classes, "nll": nll, "brier": brier, "rank": rank}.items():
         if values.shape != confidence.shape or np.isnan(values).any():
             raise ValueError(f"{name} needs the shape {confidence.shape} and no NaN, not {values.shape}")
     classified = Classified(confidence, correct, classes, nll, brier, rank)
-    groups = np.zeros(len(classes)) if strata is None else _array(strata)
+    groups = np.zeros(len(classes)) if strata is None else as_array(strata)
     if groups.shape != classes.shape:
         raise ValueError(f"strata needs the shape {classes.shape}, not {groups.shape}")
     rows = max(1, BLOCK // len(classes))
@@ -85,7 +85,3 @@ def _side(scores: Mapping[str, Any], side: str) -> dict[str, np.ndarray]:
 
 def _stacked(blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-
-
-def _array(values: Any) -> np.ndarray:
-    return np.asarray(values.cpu() if isinstance(values, Tensor) else values)

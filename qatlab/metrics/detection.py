@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+
+from qatlab.metrics.arrays import as_array
 
 
 def auroc(id_scores: Any, ood_scores: Any) -> float:
@@ -62,7 +63,7 @@ def at_least_95_percent(n: int) -> int:
 
 def finite_scores(scores: Any, side: str) -> np.ndarray:
     """Return the scores as a float64 array; ValueError, naming the side, on none and on NaN or infinite ones."""
-    values = np.asarray(scores.cpu() if isinstance(scores, Tensor) else scores, dtype=np.float64).ravel()
+    values = as_array(scores, np.float64).ravel()
     if not len(values):
         raise ValueError(f"there are no {side} scores")
     bad = int((~np.isfinite(values)).sum())

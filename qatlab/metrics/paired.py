@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest, norm, rankdata
-from torch import Tensor
 
+from qatlab.metrics.arrays import as_array
 from qatlab.metrics.detection import finite_scores
 from qatlab.metrics.resampling import Interval, percentile_interval
 
@@ -35,7 +35,7 @@ def mcnemar(reference: Any, other: Any) -> McNemar:
     Bool or 0/1, arrays or tensors. Under equal accuracy the images that only one has right are a fair coin's; without
     any p is 1. McNemar 1947. Raises ValueError on no image, unequal shapes and values other than 0 and 1.
     """
-    hits = [np.asarray(values.cpu() if isinstance(values, Tensor) else values) for values in (reference, other)]
+    hits = [as_array(values) for values in (reference, other)]
     if hits[0].ndim != 1 or hits[0].shape != hits[1].shape or not len(hits[0]):
         raise ValueError(f"both models need the same images, (N,) with N > 0, not {hits[0].shape} and {hits[1].shape}")
     if any(((values != 0) & (values != 1)).any() for values in hits):
