@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -90,9 +91,19 @@ def subprocess_environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cache of this test's own: no features of other tests lie there."""
+def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache of this test's own: nothing of other tests lies there."""
     monkeypatch.setenv("QATLAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def calls(clip: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts each call of the text tower of the test's ``clip`` got."""
+    found: list[int] = []
+    encode = clip.model.encode_text
+    monkeypatch.setattr(clip.model, "encode_text", lambda tokens: (found.append(len(tokens)), encode(tokens))[1])
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -29,10 +29,7 @@ EXTRA = FITTED | TEXTS | {"local"}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("QATLAB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cold")
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +232,10 @@ def test_every_input_is_made_once_for_a_reference(clip: Clip, several: Suite) ->
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_texts_are_kept_on_disk_only_where_they_may_be(clip: Clip, suite: Suite, own_cache: Path, cache: bool) -> None:
+def test_texts_are_kept_on_disk_only_where_they_may_be(clip: Clip, suite: Suite, cold: Path, cache: bool) -> None:
     inputs(clip, suite, cache=cache).of(TEXTS, "id", CPU)
     assert clip.text_calls == 3
-    assert any(own_cache.rglob("*.safetensors")) == cache
+    assert any(cold.rglob("*.safetensors")) == cache
     inputs(clip, suite, cache=cache).of(TEXTS, "id", CPU)
     assert clip.text_calls == (3 if cache else 6)
 

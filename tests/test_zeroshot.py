@@ -23,25 +23,12 @@ NAMES = ["circle", "star", "square"]
 TEMPLATES = ["a photo of a {}", "there is a {}"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("QATLAB_CACHE", str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("cold")
 
 
 @pytest.fixture
 def clip() -> Clip:
     return clips.load(ModelConfig())
-
-
-@pytest.fixture
-def calls(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts each call of the text tower got."""
-    model: Any = clip.model
-    found: list[int] = []
-    encode = model.encode_text
-    monkeypatch.setattr(model, "encode_text", lambda tokens: (found.append(len(tokens)), encode(tokens))[1])
-    return found
 
 
 def table_clip(rows: torch.Tensor, names: list[str]) -> Clip:
@@ -78,11 +65,11 @@ def test_the_second_time_the_text_tower_is_not_asked(clip: Clip, calls: list[int
     assert torch.equal(first.features, again.features)
 
 
-def test_a_training_text_tower_is_always_asked(clip: Clip, calls: list[int], own_cache: Path) -> None:
+def test_a_training_text_tower_is_always_asked(clip: Clip, calls: list[int], cold: Path) -> None:
     for _ in range(2):
         class_features(clip, NAMES, TEMPLATES, cache=False)
     assert sum(calls) == 2 * len(NAMES) * len(TEMPLATES)
-    assert not list(own_cache.rglob("*.safetensors"))
+    assert not list(cold.rglob("*.safetensors"))
 
 
 def _text_weight(clip: Clip) -> None:

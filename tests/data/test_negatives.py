@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,25 +20,12 @@ from qatlab.errors import UserError
 from qatlab.metrics.neglabel import NegLabels, grouped, mine
 from qatlab.zeroshot import encode_text
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QATLAB_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cold")
 
 
 @pytest.fixture
 def clip() -> Clip:
     return clips.load(ModelConfig())
-
-
-@pytest.fixture
-def calls(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts each call of the text tower got."""
-    model: Any = clip.model
-    found: list[int] = []
-    encode = model.encode_text
-    monkeypatch.setattr(model, "encode_text", lambda tokens: (found.append(len(tokens)), encode(tokens))[1])
-    return found
 
 
 def candidates(shared_data: Path) -> Words:
