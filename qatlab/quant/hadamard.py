@@ -106,11 +106,18 @@ def _transform(x: Tensor) -> Tensor:
     return y.view(x.shape)
 
 
-@cache
 def _hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The orthonormal Hadamard matrix (size, size), size a power of two, in Sylvester's order."""
+    # What is made while a graph is traced is no tensor of values, and must not be kept for later calls.
+    return (_built if torch.compiler.is_compiling() else _kept)(size, dtype, device)
+
+
+def _built(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         h = torch.ones(1, 1, dtype=torch.float64)
         while len(h) < size:
             h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), h)
         return (h / size**0.5).to(device, dtype)
+
+
+_kept = cache(_built)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from qatlab.errors import UserError
-from qatlab.quant.hadamard import RandomHadamard, walsh_hadamard
+from qatlab.quant.hadamard import RandomHadamard, _kept, walsh_hadamard
 
 WIDTHS = [1, 2, 3, 5, 63, 64, 77, 192, 768, 1023, 1024, 3072]
 
@@ -140,6 +140,15 @@ def test_other_layouts_and_empty_batches() -> None:
     with torch.inference_mode():
         RandomHadamard(24, seed=0)(torch.zeros(2, 24))
     RandomHadamard(24, seed=0)(torch.zeros(2, 24, requires_grad=True)).sum().backward()
+
+
+def test_a_graph_that_is_traced_first_leaves_its_matrices_to_itself() -> None:
+    """An encoder that was read back and is exported is traced before it ever ran."""
+    _kept.cache_clear()
+    rotation, x = RandomHadamard(64, seed=0), random(3, 64, dtype=torch.float32)
+    traced = torch.export.export(rotation, (x,)).module()(x)
+    torch.testing.assert_close(rotation(x), x @ rotation(torch.eye(64)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(traced, rotation(x), rtol=0, atol=1e-6)
 
 
 def test_widths_that_cannot_be_done() -> None:
