@@ -36,7 +36,7 @@ def main(task: Task, needs_recipe: bool = True) -> None:
     program = f"python -m qatlab.{Path(sys.argv[0]).stem.removeprefix('qatlab-')}"
     try:
         if {"--help", "-h"} & set(arguments):
-            print(help_text(program, own, needs_recipe))
+            print(help_text(program, own, needs_recipe, sys.modules[task.__module__].__doc__ or ""))
             return
         _check(arguments, own, needs_recipe, program)
         # argparse takes overrides in one row only: `a=1 --config-dir my b=2` would be refused.
@@ -66,7 +66,7 @@ def main(task: Task, needs_recipe: bool = True) -> None:
             )
         sys.exit(stopped.exit_code if first else 0)
     except KeyboardInterrupt:
-        print("qatlab: interrupted before anything was computed.", file=sys.stderr)
+        print("qatlab: interrupted; what was finished before is stored.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -116,18 +116,16 @@ def _checked(composed: DictConfig) -> Config:
     return config
 
 
-def _check_evaluation(arguments: list[str]) -> None:
-    """Raise UserError for options that an evaluation would not heed, so that no one takes its numbers for theirs."""
+def _check_evaluation(arguments: list[str], program: str) -> None:
+    """Raise UserError for options that what evaluates would not heed, so that no one takes its numbers for theirs."""
     unheeded = {"recipe", "quant", "objective", "optim"}
     of_run = unheeded | {"model", "data", "seed"}
     stored = any(argument.startswith("checkpoint=") for argument in arguments)
     for argument in arguments:
         group = re.split(r"[./=@]", argument.lstrip("+~"))[0]
         if _is_override(argument) and group in (of_run if stored else unheeded):
-            scored = "the run in checkpoint= as it is" if stored else "an unquantized model (checkpoint= scores a run)"
-            raise UserError(
-                f"{argument}: an evaluation scores {scored}; drop the option, or use `python -m qatlab.fit`."
-            )
+            taken = "the run in checkpoint= as it is" if stored else "an unquantized model, or the run in checkpoint="
+            raise UserError(f"{argument}: `{program}` takes {taken}; drop the option, or use `python -m qatlab.fit`.")
 
 
 def _check(arguments: list[str], own: Path | None, needs_recipe: bool, program: str) -> None:
@@ -147,7 +145,7 @@ def _check(arguments: list[str], own: Path | None, needs_recipe: bool, program: 
             if name not in ("config-dir", "config-path", "config-name", "package"):
                 raise UserError(f"{argument} is not known: options have no dashes, {argument.removeprefix('--')}.")
     if not needs_recipe:
-        _check_evaluation(arguments)
+        _check_evaluation(arguments, program)
     if needs_recipe and not any(a.startswith(("recipe=", "sweep=")) or a in _FLAGS for a in arguments):
         listed = "\n".join(f"  {name:22} {line}" for name, line in recipe_lines(own))
         raise UserError(f"no recipe given; run `{program} recipe=<name>` with one of\n{listed}")

@@ -19,11 +19,12 @@ from qatlab.errors import QUOTED_SHARDS
 _BLOCK_GROUPS = ["data", *(group for group in GROUPS if group.startswith("quant/"))]
 
 
-def help_text(program: str, own: Path | None = None, needs_recipe: bool = True) -> str:
-    """Return the text of --help; ``own`` is the folder of the user's own choices."""
-    recipe = "recipe=<name>" if needs_recipe else "[recipe=<name>]"
-    parts = [f"usage: {program} {recipe} [group=choice] [option=value] ...", "", "recipes"]
-    parts += [f"  {name:22} {line}" for name, line in recipe_lines(own)]
+def help_text(program: str, own: Path | None = None, needs_recipe: bool = True, about: str = "") -> str:
+    """Return the text of --help; ``own`` is the folder of the user's own choices, ``about`` what the program does."""
+    first = "recipe=<name>" if needs_recipe else "[checkpoint=runs/<id>]"
+    parts = [f"usage: {program} {first} [group=choice] [option=value] ...", "", about.strip()]
+    if needs_recipe:
+        parts += ["", "recipes", *(f"  {name:22} {line}" for name, line in recipe_lines(own))]
     parts += ["", "groups"]
     parts += [f"  {group + '=':16} {' | '.join(recipe_files(group, own))}" for group in [*GROUPS, "sweep"]]
     parts += ["", "blocks (a _target_ and the options it takes)"]

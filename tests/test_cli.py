@@ -352,7 +352,7 @@ def test_other_ranks_stop_in_silence(command, monkeypatch):
 
 def test_ctrl_c_before_the_run_began(command):
     outcome = command(LIGHT, task=fail(KeyboardInterrupt()))
-    assert (outcome.code, outcome.err) == (130, "qatlab: interrupted before anything was computed.\n")
+    assert (outcome.code, outcome.err) == (130, "qatlab: interrupted; what was finished before is stored.\n")
 
 
 # -- help ----------------------------------------------------------------------------------------------------------------
@@ -397,9 +397,9 @@ def test_help_names_every_recipe_group_choice_and_option(command, flag):
     assert outcome.out.startswith("usage: python -m qatlab.fit recipe=<name> ")
 
 
-def test_the_help_of_evaluate_shows_that_a_recipe_is_optional():
+def test_the_help_of_evaluate_shows_that_it_takes_a_checkpoint():
     assert help_text("python -m qatlab.evaluate", needs_recipe=False).startswith(
-        "usage: python -m qatlab.evaluate [recipe=<name>]"
+        "usage: python -m qatlab.evaluate [checkpoint=runs/<id>]"
     )
 
 
@@ -464,7 +464,7 @@ def test_an_evaluation_refuses_what_it_would_not_heed(monkeypatch, capsys, argum
     with pytest.raises(SystemExit) as ended:
         cli.main(lambda config, recipe: None, needs_recipe=False)
     assert ended.value.code == 2
-    assert "an evaluation scores" in capsys.readouterr().err
+    assert "`python -m qatlab.evaluate` takes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", ["fit", "evaluate"])
