@@ -237,6 +237,20 @@ def default_callbacks() -> dict[str, Any]:
 
 
 @dataclass
+class BenchConfig:
+    """qatlab.bench only."""
+
+    batches: list[int] = field(default_factory=lambda: [1, 8, 32])
+    """Numbers of images in a call."""
+    threads: int = 1
+    """CPU threads."""
+    rounds: int = 5
+    """Timed calls of each encoder, of which the median counts."""
+    device: str = "cpu"
+    """cpu: torch and the integer runtimes | cuda: torch and bitsandbytes."""
+
+
+@dataclass
 class Config:
     """The whole of a run."""
 
@@ -272,9 +286,12 @@ class Config:
     callbacks: dict[str, Any] = field(default_factory=default_callbacks)
     """Evaluations by name, _target_ blocks; callbacks.ood=null removes one."""
     checkpoint: Any = None
-    """evaluate only: a finished run's folder (runs/<recipe>-<id>), or a list of them to score side by side."""
+    """evaluate, export, bench: a finished run's folder (runs/<recipe>-<id>); evaluate takes its export/<format> too, or a list."""
     format: str | None = None
-    """Write the results as a file too: csv | parquet (every number) | latex | markdown (the table)."""
+    """The results as a file too: csv | parquet (every number) | latex | markdown (the table); export: onnx | openvino | torch."""
+    probabilities: bool = False
+    """export: a second output, the probabilities of the first ID set's classes at the refitted temperature."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
     seed: int = 0
     """Seed of everything random."""
     output: str = "runs"

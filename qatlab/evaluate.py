@@ -3,17 +3,17 @@
 python -m qatlab.evaluate model=vit_b16_openai suite=paper suite.root=/data
 python -m qatlab.evaluate checkpoint=runs/<id> suite=paper suite.root=/data
 python -m qatlab.evaluate "checkpoint=[runs/<id>,runs/<id>]" suite=paper suite.root=/data
+python -m qatlab.evaluate "checkpoint=[runs/<id>,runs/<id>/export/onnx]" suite=paper suite.root=/data
 python -m qatlab.evaluate suite=paper suite.root=/data suite.check=true        # what is there, and what is missing
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qatlab import cli
-from qatlab.config import Config, FitConfig, ObjectiveConfig, OptimConfig, QuantConfig, load
+from qatlab.config import Config
 
 if TYPE_CHECKING:
     from qatlab.evaluation import View
@@ -28,11 +28,13 @@ def evaluate(config: Config, recipe: str) -> list[Run]:
     """
     # Torch and all are loaded here: --help, tab completion and a mistake in the options answer at once.
     from qatlab.data.check import check
-    from qatlab.exports import check_format
+    from qatlab.deploy.tower import DeployedTower
+    from qatlab.finished import asked_of
     from qatlab.report import conclude
     from qatlab.scoring import Scoring, announce, fill
     from qatlab.stopping import StopSignals
     from qatlab.study import Study
+    from qatlab.table_files import check_format
 
     check_format(config.format)
     if config.suite.check:
@@ -41,17 +43,23 @@ def evaluate(config: Config, recipe: str) -> list[Run]:
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         studies: list[Study] = []
-        for own, run, name in _runs(config, recipe):
-            stack.enter_context(run)
-            run.describe(name)
-            studies.append(Study(own, run, name, stop, studies[0] if studies else None))
+        asked = asked_of(config, recipe)
+        towers = [[DeployedTower(folder) for folder in each.exports] for each in asked]
+        for each in asked:
+            stack.enter_context(each.run)
+            each.run.describe(each.recipe)
+            studies.append(Study(each.config, each.run, each.recipe, stop, studies[0] if studies else None))
         with studies[0].together():
             stored = config.checkpoint is not None
             for study in studies:
-                _read_back(study, stored)
-            if refits := [scoring for study in studies if (scoring := study.to_refit())]:
+                read_back(study, stored)
+            simulated = [study for study, each in zip(studies, asked, strict=True) if each.simulated]
+            if refits := [scoring for study in simulated if (scoring := study.to_refit())]:
                 fill(refits)  # the calibration images too are decoded once for all of them
-            scorings = [Scoring(study, _views(study, stored)) for study in studies]
+            scorings = []
+            for study, own in zip(studies, towers, strict=True):
+                views = _views(study, stored) if study in simulated else []
+                scorings.append(Scoring(study, [*views, *study.serve(own)]))
             if left := [scoring for scoring in scorings if scoring.suite.sets]:
                 announce(left)
                 fill(left)
@@ -61,35 +69,7 @@ def evaluate(config: Config, recipe: str) -> list[Run]:
     return [study.run for study in studies]
 
 
-def _runs(config: Config, recipe: str) -> list[tuple[Config, Run, str]]:
-    """Return the options, run and recipe of each model to score."""
-    from qatlab.results import Run
-
-    if config.checkpoint is None:
-        # Nothing of how a model would be quantized or trained reaches the one that is scored as it is.
-        config.quant, config.objective, config.optim = QuantConfig(), ObjectiveConfig(), OptimConfig()
-        config.fit = FitConfig(workers=config.fit.workers)
-        return [(config, Run(config, recipe), recipe)]
-    folders = [config.checkpoint] if isinstance(config.checkpoint, str) else list(config.checkpoint)
-    found = []
-    for folder in _once(folders):
-        stored, name = load(folder / "config.yaml")
-        run = Run(stored, name, folder)  # before the options change: the id is that of the model as it was trained
-        stored.suite, stored.trainer, stored.callbacks = config.suite, config.trainer, config.callbacks
-        stored.wandb, stored.format, stored.fit.workers = config.wandb, config.format, config.fit.workers
-        found.append((stored, run, name))
-    return found
-
-
-def _once(folders: list[str]) -> list[Path]:
-    """Return the folders in their order, one that several paths lead to once, as it is named first."""
-    found: dict[Path, Path] = {}
-    for folder in map(Path, folders):
-        found.setdefault(folder.expanduser().resolve(), folder.expanduser())
-    return list(found.values())
-
-
-def _read_back(study: Study, stored: bool) -> None:
+def read_back(study: Study, stored: bool) -> None:
     """Read the stages of a run."""
     from qatlab.quantizing import quantize_towers
 

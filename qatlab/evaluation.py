@@ -37,7 +37,8 @@ class Source:
 class View:
     """One reading of the same cosines: the stage it is reported under and the logit scale s that multiplies them.
 
-    ``basis`` is the definition of the set that the scale was fitted on, "" where it was not fitted.
+    ``basis`` is the definition of the set that the scale was fitted on, or the hash of the exported model that is read, and
+    "" for neither.
     """
 
     stage: str
@@ -50,7 +51,7 @@ class View:
         return self.stage.startswith("temperature")
 
     def definition(self, source: Source) -> str:
-        """Return what the rows of a set rest on under this view: the set's definition, and the refit's."""
+        """Return what the rows of a set rest on under this view: the set's definition and the ``basis``."""
         return "+".join(filter(None, [source.definition, self.basis]))
 
 

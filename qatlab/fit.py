@@ -19,12 +19,12 @@ def fit(config: Config, recipe: str) -> Run:
     """Return the finished run: every stage computed or read back, its rows, curves and pictures in ``run.folder``."""
     # Torch and all are loaded here: --help, tab completion and a mistake in the options answer at once.
     from qatlab.evaluation import View
-    from qatlab.exports import check_format
     from qatlab.quantizing import quantize_towers
     from qatlab.report import conclude
     from qatlab.results import Run
     from qatlab.stopping import StopSignals
     from qatlab.study import Study
+    from qatlab.table_files import check_format
 
     check_format(config.format)
     if config.checkpoint is not None:

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from qatlab.curves import draw_curves
 from qatlab.evaluation import Row
-from qatlab.exports import export
 from qatlab.loggers import Wandb, merge_curves
 from qatlab.pictures import draw_calibration
 from qatlab.table import results_table
+from qatlab.table_files import export
 
 if TYPE_CHECKING:
     from qatlab.study import Study

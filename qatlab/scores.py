@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qatlab.clip import Clip
 from qatlab.data.heads import Head
@@ -35,15 +35,18 @@ class Needs:
     lacking: list[str]
 
 
-def needs(asked: Sequence[str], clip: Clip, suite: Suite) -> Needs:
-    """Return what the scores ``asked`` for can be given; raises UserError where none of them is left."""
+def needs(asked: Sequence[str], clip: Clip, suite: Suite, visual: nn.Module | None = None) -> Needs:
+    """Return what the scores ``asked`` for can be given; raises UserError where none of them is left.
+
+    ``visual`` is the image tower that has to give them, by default that of ``clip``.
+    """
     wanted = inputs_of(asked)
     why: dict[str, str] = {}
     if TEXTS & wanted and clip.model is None:
         why |= dict.fromkeys(TEXTS, "there is no text tower to encode negative texts with")
     if "local" in wanted:
         try:
-            patches_of(clip.visual)
+            patches_of(visual or clip.visual)
         except UserError as error:
             why["local"] = f"the image tower gives no patch features: {str(error).partition(': ')[2].partition('.')[0]}"
     there = ALWAYS | (wanted - why.keys())

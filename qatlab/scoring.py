@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,20 +60,23 @@ class Scoring:
         self.embedder: Embedder | None = None  # what filled the stores
 
     def _readings(self, views: Sequence[View]) -> list[Reading]:
-        """FP32, which the others are paired with, and the student."""
+        """FP32, which the others are paired with, the student, and its integer models."""
         study, found = self.study, []
         fp32 = [view for view in views if view.stage == "fp32" or study.stages == ["fp32"]]
         if not study.config.fit.from_scratch:
             if not any(view.stage == "fp32" for view in fp32):
                 fp32 = [View("fp32", study.clip.logit_scale), *fp32]
             found.append(self._reading(study.clip.visual, study.clip, study.suite, fp32))
-        if others := [view for view in views if view not in fp32]:
+        if others := [view for view in views if view not in fp32 and view.stage not in study.integers]:
             found.append(self._reading(study.module.visual, study.scored_clip, study.module, others))
+        for view in views:
+            if (tower := study.integers.get(view.stage)) is not None:
+                found.append(self._reading(tower, study.scored_clip, study.module, [view]))
         return found
 
     def _reading(self, visual: nn.Module, clip: Clip, of: Suite | Student, views: list[View]) -> Reading:
         study = self.study
-        key = study.fp32_key if visual is study.clip.visual else study.key_of(visual, json.dumps(asdict(study.fitted)))
+        key = study.encoder_key(visual)
         reading = Reading(Encoder(key, visual, clip.preprocess, self.suite.sets), clip, of.heads, of.ood_heads, views)
         for reference, inputs in study.needs.available.items():
             if "local" in inputs:
@@ -186,5 +188,7 @@ def fill(scorings: Sequence[Scoring]) -> None:
 def announce(scorings: Sequence[Scoring]) -> None:
     """Say how many images are to be scored."""
     images = distinct([entry for scoring in scorings for entry in scoring.suite.sets])
-    stages = dict.fromkeys(view.stage for scoring in scorings for view in scoring.readings[-1].views)
+    # The first reading is FP32's, which comes along with every other.
+    readings = [reading for scoring in scorings for reading in scoring.readings[1:] or scoring.readings]
+    stages = dict.fromkeys(view.stage for reading in readings for view in reading.views)
     scorings[0].study.say(f"{', '.join(stages)}: scoring {images} images")

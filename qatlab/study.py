@@ -6,8 +6,9 @@ import copy
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -19,15 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qatlab import clip as clips
-from qatlab.cache import atomic
+from qatlab.cache import atomic, cache_dir
 from qatlab.callbacks import OOD, Temperature
 from qatlab.config import Config, QuantConfig
 from qatlab.data import Captioned, SkipCounter
 from qatlab.data.embedded import CLASS_NAMES
 from qatlab.data.pools import distinct
 from qatlab.data.prompts import prompts
-from qatlab.data.suites import Suite, build_suite
-from qatlab.embedding import Counts
+from qatlab.data.suites import EvaluationSet, Suite, build_suite
+from qatlab.deploy.tower import DeployedTower
+from qatlab.embedding import Counts, Embedder, Encoder, embed
 from qatlab.errors import UserError
 from qatlab.evaluation import View
 from qatlab.faults import Faults
@@ -97,6 +99,7 @@ class Study:
         self.probe = self.suite.probe(config.suite.probe_sets, config.suite.probe_images) if probing else None
         bank = getattr(self.data, "text_bank", None)
         self.scored_clip = self.clip  # with the quantized text tower, once there is one
+        self.integers: dict[str, DeployedTower] = {}  # the student as it was exported, by stage, where that is scored
         visual = self.clip.visual
         # Built before anything is scored: a rule, a bit-width or kernels that do not fit end the run here.
         built = quantized_copy(visual, config.quant) if is_quantized(config.quant, "visual") else None
@@ -111,8 +114,7 @@ class Study:
             config, self.clip, visual, clips.text_table_for(self.clip.visual, bank).features if bank else None
         )
         self.module.heads, self.module.ood_heads = self.suite.heads, self.suite.ood_heads
-        asked = dict.fromkeys(name for callback in self.callbacks.values() for name in getattr(callback, "scores", ()))
-        self.needs = needs(list(asked), self.clip, self.suite)
+        self.needs = needs(self._scores(), self.clip, self.suite)
         if config.objective.class_cross_entropy and self.clip.tokenizer:
             text = prompts(config.suite.templates).of(CLASS_NAMES)
             self.module.class_tokens = self.clip.tokenizer([of_class[0] for of_class in text])
@@ -146,6 +148,12 @@ class Study:
         """Return that of the unquantized encoder, which no stage changes."""
         return self.key_of(self.clip.visual)
 
+    def encoder_key(self, visual: nn.Module) -> str:
+        """Return that of one of the run's encoders."""
+        if visual is self.clip.visual:
+            return self.fp32_key
+        return self.key_of(visual, json.dumps(asdict(self.fitted)))
+
     @property
     def mcm_temperature(self) -> float:
         """Return MCM's temperature."""
@@ -155,6 +163,10 @@ class Study:
     def temperature(self) -> Temperature | None:
         """Return the callback that refits the logit scale, if the run has one."""
         return next((c for c in self.callbacks.values() if isinstance(c, Temperature)), None)
+
+    def _scores(self) -> list[str]:
+        asked = (name for callback in self.callbacks.values() for name in getattr(callback, "scores", ()))
+        return list(dict.fromkeys(asked))
 
     def _check_refit(self) -> None:
         """Raise UserError for a refit whose images or texts are not there, before anything is trained."""
@@ -232,12 +244,31 @@ class Study:
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
+    def serve(self, towers: Sequence[DeployedTower]) -> list[View]:
+        """Take integer models that the student was exported to, and return the views that they are scored under.
+
+        All that the run scores is then what they too have: no patch features.
+        """
+        self.integers = {tower.stage: tower for tower in towers}
+        for tower in towers:
+            self.needs = needs(self._scores(), self.clip, self.suite, tower)
+        return [View(tower.stage, self.module.logit_scale, tower.digest) for tower in towers]
+
     def score(self, views: list[View]) -> None:
         """Embed the sets whose rows some view still lacks, once, and store a row per evaluation and view."""
         if (scoring := Scoring(self, views)).suite.sets:
             announce([scoring])
             fill([scoring])
             scoring.store()
+
+    def features(self, entry: EvaluationSet) -> dict[str, Tensor]:
+        """Return the features (n, D) of a set's images from the stores or computed, "fp32", "simulated" and by integer stage."""
+        towers = {"fp32": self.clip.visual, "simulated": self.module.visual, **self.integers}
+        keys = {name: self.encoder_key(tower) for name, tower in towers.items()}
+        encoders = [Encoder(keys[name], tower, self.clip.preprocess, [entry]) for name, tower in towers.items()]
+        embedder = Embedder(encoders, cache_dir("features"), self.trainer.strategy.broadcast)
+        embed(self.trainer, embedder, self.config.suite.batch_size, self.config.fit.workers)
+        return {name: embedder.features(key, entry) for name, key in keys.items()}
 
     def missing(self, views: list[View]) -> Suite:
         """Return the sets that some evaluation gives rows of and that lack them under one of ``views``."""

@@ -23,6 +23,9 @@ TITLES = {
     "quantized": "quantized",
     "adapted": "adapted",
     "trained": "trained",
+    "integer_onnx": "integer (ONNX)",
+    "integer_openvino": "integer (OpenVINO)",
+    "integer_torch": "integer (torch)",
     "temperature": "after temperature",
     "temperature_proxy": "after temperature (proxy)",
 }

@@ -7,11 +7,11 @@ from statsmodels.stats.multitest import multipletests
 
 from qatlab.errors import UserError
 from qatlab.evaluation import Row, Source, View, row
-from qatlab.exports import check_format, export
 from qatlab.metrics.ood import ALL_SCORES
 from qatlab.metrics.paired import Difference
 from qatlab.table import SCORES as NAMES
 from qatlab.table import TITLES, adjusted, results_table, table_lines
+from qatlab.table_files import check_format, export
 
 STAGES = ["fp32", "quantized", "adapted", "temperature"]
 TOP1 = {"fp32": 0.75, "quantized": 0.125, "adapted": 0.5, "temperature": 0.5}

@@ -1,0 +1,18 @@
+"""What the extras ``deploy`` and ``bench`` bring, imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from qatlab.errors import UserError
+
+
+def require(*names: str, extra: str = "deploy") -> Any:
+    """Return the first of the named modules, all of them imported; UserError where one is not installed."""
+    try:
+        return next(iter([importlib.import_module(name) for name in names]))
+    except ModuleNotFoundError as error:
+        if error.name not in names:
+            raise
+        raise UserError(f"{error.name} is not installed, which this needs: pip install 'qatlab[{extra}]'.") from error

@@ -1,0 +1,71 @@
+"""Small quantized encoders, with and without an exact integer form."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from qatlab.quant import LSQ, LoRA, LSQPlus, MinMax, RaanA, Rotation, calibrate, quantize
+from qatlab.quant.dynamic import DynamicMinMax
+from qatlab.quant.lr_qat import LRQAT
+
+# The slots of quantize by name; each has an exact integer form, or the one of INEXACT's reasons not to.
+PLAIN = {"weight": partial(MinMax, 8, per_channel=True), "act": partial(MinMax, 8)}
+EXACT: dict[str, dict[str, Any]] = {
+    "absmax": PLAIN,
+    "per tensor": {**PLAIN, "weight": partial(MinMax, 8)},
+    "least squares": {"weight": partial(MinMax, 4, per_channel=True, observer="mse"), "act": partial(MinMax, 8, observer="mse")},
+    "zero point": {**PLAIN, "act": partial(MinMax, 8, symmetric=False)},
+    "four bits": {"weight": partial(MinMax, 4, per_channel=True), "act": partial(MinMax, 4)},
+    "four bits, zero point": {**PLAIN, "act": partial(MinMax, 4, symmetric=False)},
+    "lsq": {"weight": partial(LSQ, 8, per_channel=True), "act": partial(LSQ, 8)},
+    "lsq_plus": {"weight": partial(LSQ, 8, per_channel=True), "act": partial(LSQPlus, 8)},
+    "lr_qat": {"weight": partial(LRQAT, 4, rank=2), "act": partial(MinMax, 8)},
+    "ends": {**PLAIN, "patch_conv": True, "final_proj": True},
+}  # fmt: skip
+INEXACT: dict[str, tuple[dict[str, Any], str]] = {
+    "raana": ({**PLAIN, "weight": partial(RaanA, 4)}, "RaanA has no grid per tensor or output channel"),
+    "groups": ({**PLAIN, "weight": partial(MinMax, 4, group_size=8)}, "MinMax has no grid per tensor or output channel"),
+    "per token": ({**PLAIN, "act": partial(DynamicMinMax, 8)}, "DynamicMinMax rounds its input with a scale for each"),
+    "per channel": ({**PLAIN, "act": partial(MinMax, 8, per_channel=True)}, "MinMax rounds its input with a scale for each"),
+    "weights": ({**PLAIN, "act": None}, "its input is not quantized"),
+    "inputs": ({**PLAIN, "weight": None}, "its weight is not quantized"),
+    "lora": ({**PLAIN, "adapter": partial(LoRA, rank=2)}, "LoRA beside it reads the full-precision input"),
+}  # fmt: skip
+
+
+def plain_encoder(width: int = 32) -> nn.Module:
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "layers": 2, "width": width, "patch_size": 8, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+    return open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).visual.eval()
+
+
+def built(slots: dict[str, Any], rotated: bool = False) -> nn.Module:
+    """A small encoder with quantizers, calibrated, its learned parameters moved from where they start."""
+    visual = plain_encoder()
+    if rotated:
+        visual = Rotation(seed=3)(visual)
+    given = dict(slots)
+    model = quantize(visual, given.pop("weight"), given.pop("act"), **given)
+    calibrate(model, [made(16)])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("offset", "low_rank", "adapter")):
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def made(n: int, seed: int = 1) -> Tensor:
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def encoder_of(name: str) -> nn.Module:
+    """The quantized encoder of EXACT, INEXACT or "rotation"."""
+    if name == "rotation":
+        return built(PLAIN, rotated=True)
+    return built(EXACT[name] if name in EXACT else INEXACT[name][0])
