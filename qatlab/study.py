@@ -250,8 +250,8 @@ class Study:
         All that the run scores is then what they too have: no patch features.
         """
         self.integers = {tower.stage: tower for tower in towers}
-        for tower in towers:
-            self.needs = needs(self._scores(), self.clip, self.suite, tower)
+        if towers:
+            self.needs = needs(self._scores(), self.clip, self.suite, towers[0])
         return [View(tower.stage, self.module.logit_scale, tower.digest) for tower in towers]
 
     def score(self, views: list[View]) -> None:

@@ -56,8 +56,9 @@ def served_scale(study: Study) -> float:
     return fitted[-1] if fitted else study.module.logit_scale
 
 
-def update(folder: Path, **facts: Any) -> None:
-    """Add ``facts`` to export.json."""
+def update(folder: Path, **facts: Any) -> dict[str, Any]:
+    """Add ``facts`` to export.json, and return all that it holds."""
     path = folder / ABOUT
     known = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(known | facts, indent=1))
+    return {**known, **facts}

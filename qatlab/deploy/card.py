@@ -9,7 +9,6 @@ from typing import Any
 
 from tabulate import tabulate
 
-from qatlab.deploy.runtimes import read_about
 from qatlab.evaluation import Row
 from qatlab.table import SCORES, TITLES
 
@@ -42,12 +41,14 @@ _LICENCES = {
 }
 
 
-def write_card(folder: Path, rows: Sequence[Row], run: Path, simulated: str, integer: str) -> None:
+def write_card(
+    folder: Path, about: dict[str, Any], rows: Sequence[Row], run: Path, simulated: str, integer: str
+) -> None:
     """Write README.md and card.json: what the model is, what was measured of it, and how to use it.
 
-    ``rows`` are those of the stages fp32, ``simulated`` and ``integer`` of the run in the folder ``run``.
+    ``about`` is what export.json holds, ``rows`` are those of the stages fp32, ``simulated`` and ``integer`` of the run in
+    the folder ``run``.
     """
-    about = read_about(folder)
     last = rows[-1]  # written by this export: the versions are those of now
     licence = _LICENCES.get(str(about["pretrained"]), "that of the weights it was made of")
     card: dict[str, Any] = {

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from qatlab.deploy.parity import distance
+
 if TYPE_CHECKING:
     from qatlab.evaluation import Row
 
@@ -39,8 +41,8 @@ def compare_features(fp32: Tensor, simulated: Tensor, integer: Tensor, classes: 
     fp32, simulated, integer = fp32.double(), simulated.double(), integer.double()
     answers = [(values @ classes.double().T).argmax(1) for values in (simulated, integer)]
     return EndToEnd(
-        float((integer - simulated).norm() / simulated.norm()),
-        float((simulated - fp32).norm() / fp32.norm()),
+        distance(integer, simulated),
+        distance(simulated, fp32),
         float((answers[0] == answers[1]).double().mean()),
     )
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from qatlab.deploy.extras import require
 from qatlab.deploy.integer import Classifier, IntegerLayer
+from qatlab.deploy.parity import Part
 from qatlab.errors import UserError
 
 OPSET = 21
@@ -51,16 +52,14 @@ def write(model: nn.Module, folder: Path, size: int) -> Path:
             input_names=[INPUT],
             output_names=list(OUTPUTS) if isinstance(model, Classifier) else [OUTPUTS[0]],
         )
-    path = folder / FILE
-    program.save(path, external_data=False)
-    _pack(path)
-    return path
+    packed = _packed(program.model_proto)
+    (folder / FILE).write_bytes(packed.SerializeToString())
+    return folder / FILE
 
 
-def _pack(path: Path) -> None:
-    """Store the weights that fit in four bits in four."""
+def _packed(model: Any) -> Any:
+    """Return ``model`` with the weights that fit in four bits in four."""
     onnx, ml_dtypes = require("onnx"), require("ml_dtypes")
-    model = onnx.load(path)
     graph, casts = model.graph, []
     for tensor in [tensor for tensor in graph.initializer if tensor.name.endswith(".codes")]:
         codes = onnx.numpy_helper.to_array(tensor)
@@ -72,7 +71,7 @@ def _pack(path: Path) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    onnx.save(model, path)
+    return model
 
 
 def fits_in_four_bits(codes: np.ndarray) -> bool:
@@ -138,6 +137,10 @@ class LayerModels:
             for scope in _scopes(node):
                 if scope in paths:
                     self.inside[paths[scope]].append(node)
+
+    def part(self, name: str) -> Part:
+        """Return a layer as ONNX Runtime runs it; which are products of integers is counted in the whole graph."""
+        return Part(OnnxModel(self.output(name)), OnnxModel(self.codes(name)), True)
 
     def output(self, name: str) -> bytes:
         """Return the model of a layer: its input to its output."""

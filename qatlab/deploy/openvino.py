@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from qatlab.deploy.extras import require
-from qatlab.deploy.onnx import fits_in_four_bits, unreadable
+from qatlab.deploy.onnx import LayerModels, fits_in_four_bits, unreadable
+from qatlab.deploy.parity import Part
 
 FILE = "model.xml"
 
@@ -63,3 +64,9 @@ class OpenVinoModel:
                 every += 1
                 integers += str(facts["runtimePrecision"].value) in ("u8", "i8")
         return every, integers
+
+
+def part(models: LayerModels, name: str) -> Part:
+    """Return a layer of the ONNX model as OpenVINO runs it."""
+    layer = OpenVinoModel(models.output(name))
+    return Part(layer, OpenVinoModel(models.codes(name)), layer.integer_products() == (1, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +69,9 @@ def package(study: Study, form: str) -> Path:
     asked = {(view.stage, of.source.name, view.definition(of.source)) for view in views for of in study.suite.sets}
     rows = [row for row in study.run.rows() if (row["stage"], row["dataset"], row["definition"]) in asked]
     outside = compare_rows(rows, simulated, tower.stage)
-    update(draft, end_to_end=measured._asdict(), **_threshold(study, inside, features[tower.stage]))
+    about = update(draft, end_to_end=measured._asdict(), **_threshold(study, inside, features[tower.stage]))
     _require_whole(study, measured, outside, draft)
-    write_card(draft, rows, study.run.folder, simulated, tower.stage)
+    write_card(draft, about, rows, study.run.folder, simulated, tower.stage)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
     return folder
@@ -92,21 +93,11 @@ def _write(
     models = onnx.LayerModels(file, integer)
     if form == "onnx":
         describe(study, integer, folder, file, form)
-        whole = onnx.integer_products(file)
-        return (
-            lambda name: Part(onnx.OnnxModel(models.output(name)), onnx.OnnxModel(models.codes(name)), True),
-            lambda _: whole,
-        )
-    intermediate = file
-    file = openvino.write(intermediate, folder)
-    intermediate.unlink()
-    describe(study, integer, folder, file, form)
-
-    def part(name: str) -> Part:
-        layer = openvino.OpenVinoModel(models.output(name))
-        return Part(layer, openvino.OpenVinoModel(models.codes(name)), layer.integer_products() == (1, 1))
-
-    return part, lambda _: openvino.OpenVinoModel(file).integer_products()[1]
+        return models.part, lambda _: onnx.integer_products(file)
+    representation = openvino.write(file, folder)
+    file.unlink()
+    describe(study, integer, folder, representation, form)
+    return partial(openvino.part, models), lambda _: openvino.OpenVinoModel(representation).integer_products()[1]
 
 
 def _images(study: Study, entry: EvaluationSet) -> Tensor:

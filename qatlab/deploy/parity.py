@@ -58,8 +58,8 @@ def compare_layers(simulated: nn.Module, images: Tensor, part: Callable[[str], P
             y, reference = torch.from_numpy(of_runtime.output(x.numpy())).double(), output.double()
             same = (theirs == codes).all(-1) if y.ndim == x.ndim else torch.ones(y.shape[:-1], dtype=torch.bool)
             mismatch = float((theirs != codes).double().mean())
-            product_error = _distance(y[same], reference[same])
-            found.append(LayerParity(name, _distance(y, reference), product_error, mismatch, of_runtime.integer))
+            product_error = distance(y[same], reference[same])
+            found.append(LayerParity(name, distance(y, reference), product_error, mismatch, of_runtime.integer))
 
         return hook
 
@@ -72,5 +72,6 @@ def compare_layers(simulated: nn.Module, images: Tensor, part: Callable[[str], P
     return found
 
 
-def _distance(found: Tensor, reference: Tensor) -> float:
+def distance(found: Tensor, reference: Tensor) -> float:
+    """Return ‖found − reference‖ / ‖reference‖."""
     return float((found - reference).norm() / reference.norm())

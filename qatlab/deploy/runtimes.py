@@ -31,13 +31,16 @@ def load(path: str | Path, threads: int | None = None) -> Runtime:
     that is missing or damaged, and where the runtime is not installed.
     """
     folder = Path(path)
-    about = read_about(folder)
-    return opener(about["format"])(folder / about["file"], threads)
+    return opened(folder, read_about(folder), threads)
 
 
-def opener(format: str) -> Callable[..., Runtime]:
-    """Return what opens a model file of a format."""
-    check(format)
+def opened(folder: Path, about: dict[str, Any], threads: int | None = None) -> Runtime:
+    """Return the model of a folder that ``read_about`` was told ``about``."""
+    check(about["format"])
+    return _opener(about["format"])(folder / about["file"], threads)
+
+
+def _opener(format: str) -> Callable[..., Runtime]:
     if format == "onnx":
         from qatlab.deploy.onnx import OnnxModel
 
@@ -51,11 +54,12 @@ def opener(format: str) -> Callable[..., Runtime]:
     return TorchModel
 
 
-def check(format: str | None) -> None:
+def check(format: str) -> None:
     """Raise UserError for a format that nothing is exported to."""
     if format not in FORMATS:
-        near = nearest(format, FORMATS) if format else ""
-        raise UserError(f"format={format} is no format to export to{near}; there are {', '.join(FORMATS)}.")
+        raise UserError(
+            f"format={format} is no format to export to{nearest(format, FORMATS)}; there are {', '.join(FORMATS)}."
+        )
 
 
 def read_about(folder: Path) -> dict[str, Any]:

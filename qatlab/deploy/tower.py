@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qatlab.deploy.runtimes import load, read_about
+from qatlab.deploy.runtimes import opened, read_about
 
 
 class DeployedTower(nn.Module):
@@ -18,7 +18,7 @@ class DeployedTower(nn.Module):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.about = read_about(folder)
-        self.model = load(folder)
+        self.model = opened(folder, self.about)
         self.stage = f"integer_{self.about['format']}"
         self.digest = hashlib.sha256(json.dumps(self.about["sha256"]).encode()).hexdigest()[:8]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,7 @@ def test_layer_by_layer_they_are_the_simulation(name: str, tmp_path: Path) -> No
     simulated, integer, path = exported(name, tmp_path)
     models = onnx_format.LayerModels(path, integer)
 
-    def by_onnx(layer: str) -> Part:
-        return Part(onnx_format.OnnxModel(models.output(layer)), onnx_format.OnnxModel(models.codes(layer)), True)
-
-    def by_openvino(layer: str) -> Part:
-        output = openvino_format.OpenVinoModel(models.output(layer))
-        return Part(output, openvino_format.OpenVinoModel(models.codes(layer)), output.integer_products() == (1, 1))
-
-    for part in (by_onnx, by_openvino):
+    for part in (models.part, partial(openvino_format.part, models)):
         found = compare_layers(simulated, made(16), part)
         assert [layer.layer for layer in found] == list(integer_layers(integer))
         assert all(layer.integer and layer.product_error <= 1e-6 and layer.mismatch <= 1e-3 for layer in found)
