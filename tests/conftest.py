@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from qatlab.config import Config, compose, recipe_files
@@ -40,6 +41,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("QATLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("WANDB_MODE", "disabled")
         patch.setenv("WANDB_SILENT", "true")
+        # Threads that share small tensors mostly wait for each other, a hundredfold where another process has a core.
+        torch.set_num_threads(1)
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 

@@ -77,7 +77,6 @@ class Watch(L.Callback):
 
 def train(case: str, micro_batch: int, steps: int = 1, devices: int = 1) -> dict[str, Tensor]:
     """The gradients and terms of the first step, and the learned scales after the last."""
-    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     module, watch = student(case), Watch()
     module.config.fit.micro_batch, module.config.fit.steps = micro_batch, steps
@@ -123,28 +122,26 @@ def test_parts_give_the_loss_and_the_gradient_of_the_whole(
     require_equal(train(case, micro_batch), whole(case))
 
 
+SHARED = {"contrastive": 16, "distill": 4, "feature_mse": 16, "from_scratch": 8}  # micro-batches
+
+
 @pytest.fixture(scope="module")
-def two_processes(subprocess_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``two_processes(case, micro_batch)``: what each of two processes found that share the batch."""
-
-    def run(case: str, micro_batch: int) -> list[dict[str, Tensor]]:
-        folder = tmp_path_factory.mktemp("ranks")
-        line = [sys.executable, __file__, case, str(micro_batch), str(folder)]
-        environment = {**subprocess_environment, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-    return run
+def two_processes(
+    subprocess_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, dict[str, Tensor]]]:
+    """What each of two processes that share the batch found, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    line = [sys.executable, __file__, str(folder)]
+    done = subprocess.run(line, env=subprocess_environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize(
-    ("case", "micro_batch"), [("contrastive", 16), ("distill", 4), ("feature_mse", 16), ("from_scratch", 8)]
-)
+@pytest.mark.parametrize("case", SHARED)
 def test_two_processes_give_the_loss_and_the_gradient_of_one(
-    two_processes: Any, whole: Callable[[str], dict[str, Tensor]], case: str, micro_batch: int
+    two_processes: list[dict[str, dict[str, Tensor]]], whole: Callable[[str], dict[str, Tensor]], case: str
 ) -> None:
-    first, second = two_processes(case, micro_batch)
+    first, second = (found[case] for found in two_processes)
     one_step = {name: value for name, value in first.items() if not name.startswith("scale of")}
     require_equal(one_step, {name: value for name, value in whole(case).items() if name in one_step})
     assert first.keys() == second.keys()
@@ -152,8 +149,8 @@ def test_two_processes_give_the_loss_and_the_gradient_of_one(
         assert torch.equal(first[name], second[name]), name
 
 
-def in_a_process(case: str, micro_batch: str, folder: str) -> None:
-    found = train(case, int(micro_batch), steps=3, devices=2)
+def in_a_process(folder: str) -> None:
+    found = {case: train(case, micro_batch, steps=3, devices=2) for case, micro_batch in SHARED.items()}
     torch.save(found, Path(folder) / f"{os.environ.get('LOCAL_RANK', 0)}.pt")
 
 

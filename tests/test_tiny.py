@@ -35,7 +35,13 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Metrics]:
 
     def options(recipe: str, seed: int, overrides: tuple[str, ...]) -> Config:
         here = ["trainer.accelerator=cpu", "fit.workers=0", "fit.eval_every=0", "wandb.mode=disabled"]
-        what = [f"suite.seed={seed}", f"suite.images={IMAGES}", f"output={output}", "callbacks.temperature=null"]
+        what = [
+            f"suite.seed={seed}",
+            f"suite.images={IMAGES}",
+            f"output={output}",
+            "callbacks.temperature=null",
+            "suite.resamples=0",
+        ]
         return compose(f"recipe={recipe}", *here, *what, *overrides)
 
     def run(recipe: str, *overrides: str) -> Metrics:
