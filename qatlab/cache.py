@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from qatlab.errors import UserError
 
@@ -19,6 +22,11 @@ def cache_dir(*parts: str) -> Path:
     folder = root.joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def digest(text: str) -> str:
+    """Return the 32 hex digits under which caches file what belongs to ``text``."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 @contextmanager
@@ -40,6 +48,72 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def once(path: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` make the file ``path`` unless it is there; of several processes one does, the others wait.
+
+    ``write`` is given a temporary path, so that no reader sees half a file; what a killed process left of one is
+    removed. Raises UserError when the folder cannot be written to.
+    """
+    if path.exists():
+        return
+    with locked(path.name) as alone:
+        if path.exists():
+            return
+        for rest in path.parent.glob(f".{path.name}.*") if alone else ():
+            rest.unlink(missing_ok=True)
+        try:
+            with atomic(path) as temporary:
+                write(temporary)
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
+
+
+@contextmanager
+def locked(name: str) -> Iterator[bool]:
+    """Hold one of 256 locks of this machine, chosen by ``name``.
+
+    Yields False on a file system without locks, where several processes may then do the same work.
+    """
+    with (cache_dir("locks") / digest(name)[:2]).open("a") as file:
+        yield lock(file, wait=True) is True
+
+
+def lock(file: IO[Any], wait: bool) -> bool | None:
+    """Lock an open file until it is closed, by the kernel too when its holder dies.
+
+    Returns True, or False where another process has it and this one does not ``wait``, or None on a file system without
+    locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process has locked a file; one that tries to meanwhile may be refused."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or no locks there
+        return False
+    return False
+
+
+def unwritable(folder: Path, error: OSError, remedy: str = "") -> UserError:
+    """Return the UserError for a cache folder that cannot be written to, with the free space and what can be done."""
+    free = shutil.disk_usage(folder).free / 2**20
+    return UserError(
+        f"{folder} cannot be written to ({error.strerror or error}; {free:.0f} MiB are free on its disk): make room or "
+        f"point QATLAB_CACHE at another disk{remedy}."
+    )
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from qatlab.blocks import check_blocks
 from qatlab.config import GROUPS, Config, as_config
 from qatlab.errors import QUOTED_SHARDS, UserError
 from qatlab.mistakes import explain
-from qatlab.stopping import EXIT_INTERRUPTED, Stopped
+from qatlab.stopping import EXIT_INTERRUPTED, Stopped, rank
 from qatlab.usage import help_text, recipe_lines
 
 Task = Callable[[Config, str], Any]
+CONFIG_DIR = ("--config-dir", "-cd")
 # With one of these Hydra prints something and runs nothing.
 _FLAGS = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--version", "--resolve"}
 
@@ -34,13 +36,13 @@ def main(task: Task, needs_recipe: bool = True) -> None:
     arguments = sys.argv[1:]
     own = config_dir(arguments)
     program = f"python -m qatlab.{Path(sys.argv[0]).stem.removeprefix('qatlab-')}"
-    try:
+    with told(own):
         if {"--help", "-h"} & set(arguments):
             print(help_text(program, own, needs_recipe, sys.modules[task.__module__].__doc__ or ""))
             return
         _check(arguments, own, needs_recipe, program)
         # argparse takes overrides in one row only: `a=1 --config-dir my b=2` would be refused.
-        sys.argv[1:] = sorted(arguments, key=_is_override)
+        sys.argv[1:] = sorted(arguments, key=is_override)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
         mistakes: list[BaseException] = []
         hydra.main(config_path=None, config_name="qatlab", version_base="1.3")(_job(task, mistakes))()
@@ -50,34 +52,61 @@ def main(task: Task, needs_recipe: bool = True) -> None:
             )
         if mistakes:
             raise mistakes[0]
+
+
+@contextmanager
+def told(own: Path | None) -> Iterator[None]:
+    """Inside this context a mistake ends the process with 2 and a sentence, and a signal with its code and one too."""
+    try:
+        with _marked():
+            yield
     except (UserError, HydraException, OmegaConfBaseException, YAMLError) as error:
         sentence = explain(error, own)
         if sentence is None:
             raise
-        print(f"qatlab: {sentence}", file=sys.stderr)
+        print(f"qatlab: {f'rank {rank()}: ' if rank() else ''}{sentence}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         # Lightning kills a group in which a process other than the first ends with anything but 0.
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if first:
+        if rank() == 0:
             print(
                 f"qatlab: stopped by {stopped}; the same command goes on from the last checkpoint or finished stage.",
                 file=sys.stderr,
             )
-        sys.exit(stopped.exit_code if first else 0)
+        sys.exit(stopped.exit_code if rank() == 0 else 0)
     except KeyboardInterrupt:
         print("qatlab: interrupted; what was finished before is stored.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _is_override(argument: str) -> bool:
+@contextmanager
+def _marked() -> Iterator[None]:
+    """Make the file $QATLAB_MISTAKE, for a batch script, where the process ends for anything but a signal.
+
+    Of several processes one that errs has the others terminated, who take that for a stop: their exit codes tell a script
+    to start the job again, and it would err again.
+    """
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        mark = os.environ.get("QATLAB_MISTAKE")
+        if mark and not (isinstance(error, SystemExit) and not error.code):
+            with suppress(OSError):  # a full disk: what went wrong is told all the same
+                Path(mark).touch()
+        raise
+
+
+def is_override(argument: str) -> bool:
+    """Return whether an argument is one of Hydra's overrides, and no flag."""
     return not argument.startswith("-") and ("=" in argument or argument.startswith(("~", "+")))
 
 
 def config_dir(arguments: list[str]) -> Path | None:
     """Return the folder of the user's own choices that the command line names, if any."""
     for i, argument in enumerate(arguments):
-        if argument in ("--config-dir", "-cd") and i + 1 < len(arguments):
+        if argument in CONFIG_DIR and i + 1 < len(arguments):
             return Path(arguments[i + 1])
         if argument.startswith("--config-dir="):
             return Path(argument.split("=", 1)[1])
@@ -123,7 +152,7 @@ def _check_evaluation(arguments: list[str], program: str) -> None:
     stored = any(argument.startswith("checkpoint=") for argument in arguments)
     for argument in arguments:
         group = re.split(r"[./=@]", argument.lstrip("+~"))[0]
-        if _is_override(argument) and group in (of_run if stored else unheeded):
+        if is_override(argument) and group in (of_run if stored else unheeded):
             taken = "the run in checkpoint= as it is" if stored else "an unquantized model, or the run in checkpoint="
             raise UserError(f"{argument}: `{program}` takes {taken}; drop the option, or use `python -m qatlab.fit`.")
 
@@ -139,6 +168,8 @@ def _check(arguments: list[str], own: Path | None, needs_recipe: bool, program: 
                 f"write {left_out} to leave it out" if group.startswith("quant") else "name a choice, --help lists them"
             )
             raise UserError(f"{group}=null: Hydra takes no null for a group; {remedy}.")
+    if sweep := next((argument for argument in arguments if argument.startswith("sweep=")), None):
+        raise UserError(f"{sweep}: `python -m qatlab.sweep run {sweep}` runs it, every run in a process of its own.")
     for argument in arguments:
         if found := re.match(r"--([\w./]+)=", argument):
             name = found.group(1)
@@ -146,6 +177,6 @@ def _check(arguments: list[str], own: Path | None, needs_recipe: bool, program: 
                 raise UserError(f"{argument} is not known: options have no dashes, {argument.removeprefix('--')}.")
     if not needs_recipe:
         _check_evaluation(arguments, program)
-    if needs_recipe and not any(a.startswith(("recipe=", "sweep=")) or a in _FLAGS for a in arguments):
+    if needs_recipe and not any(a.startswith("recipe=") or a in _FLAGS for a in arguments):
         listed = "\n".join(f"  {name:22} {line}" for name, line in recipe_lines(own))
         raise UserError(f"no recipe given; run `{program} recipe=<name>` with one of\n{listed}")

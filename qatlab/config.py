@@ -85,6 +85,8 @@ class SuiteConfig:
     """Images per set in a probe."""
     batch_size: int = 64
     """Images per forward of an evaluation, per device."""
+    cache: bool = False
+    """Keep decoded images on disk, 147 KiB each at 224 pixels, for the models to come; qatlab.sweep sets it."""
     check: bool = False
     """evaluate only: say which sets are there, which are missing and where they were looked for, and end."""
     resamples: int = 1000
@@ -215,6 +217,8 @@ class WandbConfig:
     """W&B project."""
     entity: str | None = None
     """W&B team or user."""
+    group: str | None = None
+    """Name that W&B shows runs together under; a sweep's own by default."""
 
 
 _SCORES = ("msp", "energy", "max_logit", "mcm")
@@ -269,7 +273,6 @@ class Config:
             {"quant/adapter": None},
             {"quant/plan": None},
             {"recipe": None},
-            {"sweep": None},
             {"override hydra/job_logging": "none"},
             {"override hydra/hydra_logging": "none"},
         ]
@@ -326,9 +329,8 @@ def register() -> None:
     """Make the options and every file under recipes/ known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="qatlab", node=Config)
-    for group, folder in (("recipe", ""), ("sweep", "sweep")):
-        for name, path in recipe_files(folder).items():
-            store.store(group=group, name=name, node=OmegaConf.load(path), package="_global_")
+    for name, path in recipe_files().items():
+        store.store(group="recipe", name=name, node=OmegaConf.load(path), package="_global_")
     for group in GROUPS:
         for name, path in recipe_files(group).items():
             store.store(group=group, name=name, node=OmegaConf.load(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from qatlab.cache import cache_dir
+from qatlab.data.decoded import DecodedImages
 from qatlab.data.pools import Pool, places_of, pool_of, pooled
 from qatlab.data.suites import EvaluationSet
 from qatlab.data.transforms import Preprocess
@@ -69,10 +72,17 @@ class Encoder:
 
 @dataclass
 class Counts:
-    """What a pass took, summed over the processes: images ``decoded``, and how many went through each encoder, by key."""
+    """What passes took, summed over the processes: images ``decoded`` and ``encoded`` by encoder, and bytes ``written``."""
 
-    decoded: int
-    encoded: dict[str, int]
+    decoded: int = 0
+    encoded: dict[str, int] = field(default_factory=dict)
+    written: int = field(default=0, compare=False)
+
+    def __add__(self, other: Counts) -> Counts:
+        """Return both together."""
+        keys = {**self.encoded, **other.encoded}
+        encoded = {key: self.encoded.get(key, 0) + other.encoded.get(key, 0) for key in keys}
+        return Counts(self.decoded + other.decoded, encoded, self.written + other.written)
 
 
 class Embedder(L.LightningModule):
@@ -81,22 +91,29 @@ class Embedder(L.LightningModule):
     The features lie in ``root``/<key>/<pool>. An image that any encoder lacks is decoded; those that have it skip it.
     Batches are the same on any number of processes, which take turns with them; what a process has is written every
     SHARD images, so that one which is killed loses no more of it, and when the pass ends early. ``agree`` gives every
-    process what the first one found missing: another job may be filling the same stores.
+    process what the first one found missing: another job may be filling the same stores. With ``keep`` decoded images
+    stay on disk, where the next pass, of another process with another encoder, finds them.
     """
 
     def __init__(
-        self, encoders: Iterable[Encoder], root: Path, agree: Callable[[Any], Any] = lambda value: value
+        self,
+        encoders: Iterable[Encoder],
+        root: Path,
+        agree: Callable[[Any], Any] = lambda value: value,
+        keep: bool = False,
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a small set may have no batch for some process
         self.encoders, self.root = _merged(encoders), root
-        self.counts = Counts(0, {encoder.key: 0 for encoder in self.encoders})
+        self.counts = Counts(encoded={encoder.key: 0 for encoder in self.encoders})
         pools = {pool.key: pool for pool in pooled([entry for encoder in self.encoders for entry in encoder.sets])}
         self.damaged: list[Path] = []
+        preprocess: dict[str, Preprocess] = {}
         found: dict[tuple[str, str], list[int]] = {}
         for encoder in self.encoders:
             for key in encoder.keys:
                 for pool, places in pooled(encoder.sets_of(key)).items():
+                    preprocess[pool.key] = encoder.preprocess
                     store = self._store(key, pool)
                     ids = pool.ids(places)
                     missing = set(store.missing(ids))
@@ -107,6 +124,10 @@ class Embedder(L.LightningModule):
         for pool in pools.values():
             if wanted := set().union(*(places for (_, key), places in self._lacking.items() if key == pool.key)):
                 self.work[pool] = sorted(wanted)
+        self._kept = {pool: DecodedImages(preprocess[pool.key]) for pool in self.work} if keep else {}
+        self._undecoded: int = agree(
+            sum(images.lacks(pool.folder, place) for pool, images in self._kept.items() for place in self.work[pool])
+        )
         self._held: dict[str, list[tuple[list[int], Tensor]]] = {}
         self._pool: Pool | None = None  # the one they are of
         self._batches: list[list[list[int]]] = []
@@ -115,6 +136,22 @@ class Embedder(L.LightningModule):
     def images(self) -> int:
         """Return how many images are to be decoded."""
         return sum(map(len, self.work.values()))
+
+    def makes(self, key: str) -> list[str]:
+        """Return names of what a pass makes that other runs want too: decoded images that are kept, features of an encoder."""
+        decoded = {f"decoded-{images.folder.name}" for images in self._kept.values()} if self._undecoded else set()
+        lacking = any(places for (of, _), places in self._lacking.items() if of == key)
+        return [*sorted(decoded), *([key] if lacking else [])]
+
+    def require_room(self) -> None:
+        """Raise UserError where the disk is too small for the decoded images that are to be kept."""
+        record = max((images.size for images in self._kept.values()), default=0)
+        needed, folder = self._undecoded * record, cache_dir("decoded")
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise UserError(
+                f"suite.cache=true keeps {self._undecoded} decoded images, {needed / 2**30:.1f} GiB, in {folder}, where "
+                f"{free / 2**30:.1f} GiB are free: make room, point QATLAB_CACHE at another disk, or set suite.cache=false."
+            )
 
     def features(self, key: str, entry: EvaluationSet) -> Tensor:
         """Return what the store holds under ``key``, (n, D) float32, of a set's images in its order."""
@@ -128,7 +165,10 @@ class Embedder(L.LightningModule):
             batches = [places[first : first + batch_size] for first in range(0, len(places), batch_size)]
             self._batches.append(batches[(rank - turn) % world :: world])
             turn += len(batches)
-        return [pool.loader(batches, workers) for pool, batches in zip(self.work, self._batches, strict=True)]
+        return [
+            pool.loader(batches, workers, self._kept.get(pool))
+            for pool, batches in zip(self.work, self._batches, strict=True)
+        ]
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Have every encoder that lacks some of the images see those, and write what a shard's end completes."""
@@ -136,7 +176,7 @@ class Embedder(L.LightningModule):
             raise UserError(batch["mistake"])
         images, places = batch[0], batch[1].tolist()
         pool = self._pool = list(self.work)[dataloader_idx]
-        self.counts.decoded += len(images)
+        self.counts.decoded += batch[2]
         for encoder in self.encoders:
             lacking = {key: self._lacking.get((key, pool.key), set()) for key in encoder.keys}
             rows = [i for i, place in enumerate(places) if any(place in missing for missing in lacking.values())]
@@ -156,7 +196,9 @@ class Embedder(L.LightningModule):
         for key, held in self._held.items():
             if held and sum(len(of) for of, _ in held) >= least:
                 ids = pool.ids([place for of, _ in held for place in of])
-                self._store(key, pool).write(ids, torch.cat([f for _, f in held]))
+                features = torch.cat([f for _, f in held])
+                self._store(key, pool).write(ids, features)
+                self.counts.written += features.nbytes
                 held.clear()
 
     def rescue(self) -> None:
@@ -172,6 +214,7 @@ class Embedder(L.LightningModule):
 def embed(trainer: L.Trainer, embedder: Embedder, batch_size: int, workers: int) -> Counts:
     """Return what it took to fill the stores of ``embedder``; collective, and nothing is run where nothing is missing."""
     if embedder.work:
+        embedder.require_room()
         device = trainer.strategy.root_device
         for encoder in embedder.encoders:
             encoder.visual.to(device).eval()
@@ -181,10 +224,13 @@ def embed(trainer: L.Trainer, embedder: Embedder, batch_size: int, workers: int)
         except BaseException:
             embedder.rescue()
             raise
-    taken = torch.tensor([embedder.counts.decoded, *embedder.counts.encoded.values()])
-    decoded, *encoded = trainer.strategy.reduce(taken.to(trainer.strategy.root_device), reduce_op="sum").tolist()  # type: ignore[union-attr]
+    counts = embedder.counts
+    taken = torch.tensor([counts.decoded, counts.written, *counts.encoded.values()])
+    decoded, written, *encoded = trainer.strategy.reduce(
+        taken.to(trainer.strategy.root_device), reduce_op="sum"
+    ).tolist()  # type: ignore[union-attr]
     trainer.strategy.barrier()  # every process has written its part
-    return Counts(decoded, dict(zip(embedder.counts.encoded, encoded, strict=True)))
+    return Counts(decoded, dict(zip(counts.encoded, encoded, strict=True)), written)
 
 
 def _merged(encoders: Iterable[Encoder]) -> list[Encoder]:

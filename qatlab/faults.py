@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ GOES_ON = "The same command goes on from the last checkpoint or finished stage."
 
 
 class Faults(L.Callback):
-    """Turns memory that ran out and loader processes that were killed into a UserError with the remedy."""
+    """Turns memory that ran out, and loader processes and ranks that were killed, into a UserError with the remedy."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -39,6 +40,12 @@ class Faults(L.Callback):
                 raise UserError(
                     f"a data-loading process ended unexpectedly ({text.splitlines()[0].rstrip('. ')}): the system kills one "
                     f"when memory runs out. Lower fit.workers={self.config.fit.workers}. {GOES_ON}"
+                ) from error
+            if isinstance(error, torch.distributed.DistError) or "gloo/transport" in text:
+                reason = re.sub(r"^\[\S+\] ", "", text).split(". ")[0].splitlines()[0]
+                raise UserError(
+                    f"another process of this run has ended or cannot be reached ({reason}): what it said itself, and the "
+                    f"system's log, tell why. {GOES_ON}"
                 ) from error
             raise
 

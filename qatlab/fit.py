@@ -5,6 +5,7 @@ python -m qatlab.fit recipe=light_qat
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from qatlab import cli
@@ -21,11 +22,12 @@ def fit(config: Config, recipe: str) -> Run:
     from qatlab.evaluation import View
     from qatlab.quantizing import quantize_towers
     from qatlab.report import conclude
-    from qatlab.results import Run
+    from qatlab.results import Run, Took
     from qatlab.stopping import StopSignals
     from qatlab.study import Study
     from qatlab.table_files import check_format
 
+    started = time.monotonic()
     check_format(config.format)
     if config.checkpoint is not None:
         raise UserError(
@@ -51,6 +53,7 @@ def fit(config: Config, recipe: str) -> Run:
             views = [View(last, study.module.logit_scale), *([refitted] if refitted else [])]
             study.score(views)
             conclude([study])
+            run.finish(Took(time.monotonic() - started, study.took.written))
     return run
 
 

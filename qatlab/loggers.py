@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from qatlab.cache import atomic
-from qatlab.config import Config
+from qatlab.config import Config, WandbConfig
 from qatlab.errors import UserError, nearest
 from qatlab.results import Run, is_rank_zero
 
@@ -57,11 +57,16 @@ class Wandb(WandbLogger):
     at the end, and without wandb's process only the CSV goes on. Each is said once.
     """
 
-    def __init__(self, folder: Path, project: str, entity: str | None, name: str, id: str, offline: bool) -> None:
+    def __init__(self, folder: Path, config: WandbConfig, id: str, offline: bool, **shown: Any) -> None:
         # reinit: a run of its own for each of several in one process. The mode goes into the settings too: WANDB_MODE,
         # which Lightning sets, is read only once per process.
-        options: dict[str, Any] = {"entity": entity, "reinit": "create_new", "settings": _settings(offline)}
-        super().__init__(name=name, id=id, project=project, save_dir=folder, offline=offline, **options)
+        options = {
+            "entity": config.entity,
+            "group": config.group,
+            "reinit": "create_new",
+            "settings": _settings(offline),
+        }
+        super().__init__(id=id, project=config.project, save_dir=folder, offline=offline, **options, **shown)
         self._wandb_init.pop("anonymous", None)  # wandb warns about it even when it is None
         self._folder, self._lost = folder, False
 
@@ -128,16 +133,26 @@ def build_loggers(config: Config, run: Run, recipe: str) -> list[Logger]:
     if not (config.fit.steps and is_rank_zero()):
         return loggers  # no curves: the server is not asked
     if (mode := wandb_mode(config.wandb.mode)) != "disabled":
-        wandb_run = Wandb(
-            run.folder, config.wandb.project, config.wandb.entity, f"{recipe}-{run.id}", run.id, mode == "offline"
-        )
-        loggers.append(wandb_run)
+        shown = {"name": f"{recipe}-{run.id}", "job_type": recipe, "tags": _tags(config)}
+        loggers.append(Wandb(run.folder, config.wandb, run.id, mode == "offline", **shown))
     return loggers
+
+
+def _tags(config: Config) -> list[str]:
+    """Return what runs are told apart by in a sweep: model, weights, bits and seed."""
+    bits = [
+        f"{letter}{block.get('bits')}"
+        for letter, block in (("W", config.quant.weight), ("A", config.quant.act))
+        if block
+    ]
+    tags = [config.model.name, config.model.pretrained, "".join(bits), f"seed {config.seed}"]
+    return [tag for tag in tags if tag]
 
 
 def merge_curves(folder: Path) -> Path | None:
     """Return metrics.csv: the curves of every process that worked on the run, one line per step, the latest value kept."""
-    parts = sorted((folder / "curves").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    # By number and not by time: the clocks of two nodes differ.
+    parts = sorted((folder / "curves").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
     frames = [pl.read_csv(path, infer_schema_length=None) for path in parts if path.stat().st_size]
     if not frames:
         return None

@@ -61,6 +61,17 @@ def quantized_copy(visual: nn.Module, config: QuantConfig) -> nn.Module:
     return _converted(model, config, of_image(config))
 
 
+def check_quantizers(config: QuantConfig) -> None:
+    """Raise UserError for options that no quantizer, adapter, rewrite or plan can be made with, before a model is loaded."""
+    weight, act, adapter = (_factory(block) for block in (config.weight, config.act, config.adapter))
+    if is_quantized(config):
+        width = 12 * ((config.weight or {}).get("group_size") or 64)  # whether groups divide the model's is found later
+        quantize(nn.Sequential(nn.Linear(width, 768)), weight, act, adapter=adapter)
+    if config.rewrite is not None:
+        _rewrite(config)
+    planner(config)
+
+
 def fitted_copy(
     visual: nn.Module, config: QuantConfig, batches: Callable[[], Iterable[Tensor]]
 ) -> tuple[nn.Module, QuantConfig]:

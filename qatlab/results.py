@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -13,16 +12,17 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
-from qatlab.cache import full_disk_named
+from qatlab.cache import atomic, full_disk_named, lock
 from qatlab.config import Config, load, save
 from qatlab.errors import UserError
 from qatlab.evaluation import Row
@@ -35,13 +35,23 @@ _NOT_IDENTITY = {
     "quant": ["kernels"],
     "data": ["cache"],
 }
+_NOT_SCORED = ("batch_size", "cache", "check")  # of the suite: how and whether, not what
 _ASIDE = re.compile(r"\.\d{8}-\d{6}$")  # the end of the name of a run folder that force=true moved
+FINISHED = "finished.json"
+LOCK = ".lock"
 _KEY = ["run_id", "stage", "step", "dataset", "definition", "score", "prompts"]
 
 
 def run_id(config: Config) -> str:
     """Return eight hex digits: a hash of ``identity``, equal on every rank."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def evaluation_id(config: Config) -> str:
+    """Return eight hex digits: a hash of what a model is scored on, and by which evaluations."""
+    suite = {key: value for key, value in dataclasses.asdict(config.suite).items() if key not in _NOT_SCORED}
+    asked = {"suite": suite, "callbacks": config.callbacks}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def identity(config: Config) -> Row:
@@ -127,11 +137,19 @@ def _result_files(root: Path) -> Iterable[Path]:
             yield file
 
 
+class Took(NamedTuple):
+    """What the last process of a run took: ``seconds``, and ``feature_bytes`` that it left in the cache."""
+
+    seconds: float
+    feature_bytes: int
+
+
 class Run:
     """One run folder, ``<output>/<recipe>-<run id>``, held by one process at a time (rank zero of its group)."""
 
     def __init__(self, config: Config, name: str, folder: Path | None = None) -> None:
-        self.id = run_id(config)
+        # As they are asked for, before they are filled in.
+        self.id, self._evaluation = run_id(config), evaluation_id(config)
         self.config = config
         self.folder = folder or Path(config.output) / f"{name}-{self.id}"
         self._lock: Any = None
@@ -143,44 +161,72 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         if self._lock:
-            if {path.name for path in self.folder.iterdir()} <= {".lock", "config.yaml"}:
-                shutil.rmtree(self.folder)  # a mistake ended it before anything was computed
+            if {path.name for path in self.folder.iterdir()} <= {LOCK, "config.yaml"}:
+                # A mistake ended it before anything was computed; NFS keeps an open file a moment longer.
+                shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.close()
 
     def _take(self) -> None:
         """Make and lock the folder; raises UserError naming the holder when another process has it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_folder()
-        if self.config.force and any(path.name != ".lock" for path in self.folder.iterdir()):
+        again = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # a requeued job goes on with what it began
+        if self.config.force and not again and any(path.name != LOCK for path in self.folder.iterdir()):
             aside = self.folder.with_name(f"{self.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
             self.folder.rename(aside)
             print(f"force=true: the earlier run was moved to {aside}")
             self._lock.close()
-            self.folder.mkdir()
             self._lock_folder()
 
     def _lock_folder(self) -> None:
-        # flock is given back by the kernel when its holder dies, however it dies: no stale locks.
-        path = self.folder / ".lock"
-        self._lock = path.open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(10):  # whoever asks whether it is locked holds it for a moment
+            held = self._try_lock()
+            if held is not False:
+                break
+            time.sleep(0.05)
+        if held is False:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise UserError(
-                f"{self.folder} is in use by {holder}; wait for it, or give this run another output=."
-            ) from None
+            raise UserError(f"{self.folder} is in use by {holder}; wait for it, or give this run another output=.")
+        if held is None:
+            print(f"{self.folder} is on a disk without locks: see to it that no other process is given this run")
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
+
+    def _try_lock(self) -> bool | None:
+        path = self.folder / LOCK
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                self._lock = path.open("a+")
+                held = lock(self._lock, wait=False)
+                # Its last holder may have removed the folder meanwhile: then this is the lock of nothing.
+                if held is False or os.fstat(self._lock.fileno()).st_ino == path.stat().st_ino:
+                    return held
+                self._lock.close()
 
     def describe(self, recipe: str) -> None:
         """Write config.yaml: the options of the run, once, on rank zero."""
         path = self.folder / "config.yaml"
         if is_rank_zero() and not path.exists():
             save(self.config, recipe, path)
+
+    def finish(self, took: Took) -> None:
+        """Note on rank zero that all was computed and scored that ``config`` asks for, and what it ``took``."""
+        if is_rank_zero() and self.finished() is None:
+            with atomic(self.folder / FINISHED) as temporary:
+                temporary.write_text(json.dumps({**self._finished(), self._evaluation: took}, indent=1))
+
+    def finished(self) -> Took | None:
+        """Return what it took to finish what ``config`` asks for, None where that is not finished."""
+        found = self._finished().get(self._evaluation)
+        return None if found is None else Took(*found)
+
+    def _finished(self) -> dict[str, Any]:
+        path = self.folder / FINISHED
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
 
     @property
     def results(self) -> Path:
@@ -202,7 +248,7 @@ class Run:
         common = self._common()
         new = {_key(row): row for row in ({"run_id": self.id, **row, **common} for row in rows)}
         with self.results.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed: what is looked at next stays true
+            lock(file, wait=True)  # until the file is closed: what is looked at next stays true
             seen = {_key(row) for row in self.rows()}
             text = "".join(json.dumps(row) + "\n" for key, row in new.items() if key not in seen)
             # A line that a killed process left half-written is closed first, so that it spoils no row but itself.

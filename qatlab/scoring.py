@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from qatlab.cache import cache_dir
+from qatlab.cache import cache_dir, lock
 from qatlab.clip import Clip
 from qatlab.data.heads import Head
 from qatlab.data.pools import distinct
 from qatlab.data.suites import EvaluationSet, Suite, predicted
-from qatlab.embedding import Counts, Embedder, Encoder, Local, embed
+from qatlab.embedding import Embedder, Encoder, Local, embed
 from qatlab.evaluation import Evaluation, Pass, Prediction, Row, View
 from qatlab.metrics.ood import ALL_SCORES
 from qatlab.scores import ScoreInputs
@@ -169,20 +171,38 @@ def fill(scorings: Sequence[Scoring]) -> None:
     study = scorings[0].study
     trainer, suite = study.trainer, study.config.suite
     encoders = [reading.encoder for scoring in scorings for reading in scoring.readings]
-    embedder = Embedder(encoders, cache_dir("features"), trainer.strategy.broadcast)
-    for scoring in scorings:
-        scoring.embedder = embedder
+
+    def lacking() -> Embedder:
+        return Embedder(encoders, cache_dir("features"), trainer.strategy.broadcast, suite.cache)
+
+    embedder = lacking()
     for file in embedder.damaged:
         study.say(f"{file} is damaged: its images are embedded again")
-    batches = sum(-(-len(places) // suite.batch_size) for places in embedder.work.values())
-    study.progress["batches"] = -(-batches // trainer.world_size)
-    took = embed(trainer, embedder, suite.batch_size, study.config.fit.workers)
+    with ExitStack() as stack:
+        # The other runs of a sweep would too: one does, the others find it done. Always in this order.
+        for made in embedder.makes(study.fp32_key):
+            stack.enter_context(_turn(study, made))
+            embedder = lacking()
+        batches = sum(-(-len(places) // suite.batch_size) for places in embedder.work.values())
+        study.progress["batches"] = -(-batches // trainer.world_size)
+        study.took += embed(trainer, embedder, suite.batch_size, study.config.fit.workers)
     for scoring in scorings:
+        scoring.embedder = embedder
         scoring.study.computed = True
-    study.took = Counts(
-        study.took.decoded + took.decoded,
-        {**study.took.encoded, **{key: study.took.encoded.get(key, 0) + count for key, count in took.encoded.items()}},
-    )
+
+
+@contextmanager
+def _turn(study: Study, name: str) -> Iterator[None]:
+    """Inside this context no other run has the turn called ``name``; collective."""
+    with (cache_dir("locks", "turns") / name).open("a") as file:
+        # No process waits in a collective for longer than a moment: those have a timeout.
+        told = False
+        while study.trainer.strategy.broadcast(study.trainer.is_global_zero and lock(file, wait=False)) is False:
+            if not told:
+                study.say("waiting for another run, which decodes images or embeds them with the same model")
+            told = True
+            time.sleep(1)
+        yield
 
 
 def announce(scorings: Sequence[Scoring]) -> None:

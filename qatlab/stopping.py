@@ -14,6 +14,11 @@ EXIT_INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+def rank() -> int:
+    """Return the number of this process among those of its run, from what started it: torchrun, Lightning or srun."""
+    return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0)
+
+
 def leave_to_parent(worker: int) -> None:
     """Have a data-loading process (a ``worker_init_fn``) ignore the signals: its parent ends it, and often both get them."""
     for number in SIGNALS:
@@ -65,5 +70,5 @@ class StopSignals:
         self.received = self.received or number
         if again or not self.deferred:
             raise Stopped(number)
-        if number == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0":
+        if number == signal.SIGINT and rank() == 0:
             print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)

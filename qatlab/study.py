@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ class Study:
             self.module.class_tokens = self.clip.tokenizer([of_class[0] for of_class in text])
         self._check_refit()
         self.training_skipped = SkipCounter()
-        self.took = Counts(0, {})  # what the passes of this process took
+        self.took = Counts()  # what the passes of this process took
         self.computed = False
         self._calibrating: Scoring | None = None
 
@@ -266,7 +267,7 @@ class Study:
         towers = {"fp32": self.clip.visual, "simulated": self.module.visual, **self.integers}
         keys = {name: self.encoder_key(tower) for name, tower in towers.items()}
         encoders = [Encoder(keys[name], tower, self.clip.preprocess, [entry]) for name, tower in towers.items()]
-        embedder = Embedder(encoders, cache_dir("features"), self.trainer.strategy.broadcast)
+        embedder = Embedder(encoders, cache_dir("features"), self.trainer.strategy.broadcast, self.config.suite.cache)
         embed(self.trainer, embedder, self.config.suite.batch_size, self.config.fit.workers)
         return {name: embedder.features(key, entry) for name, key in keys.items()}
 
@@ -400,22 +401,41 @@ class Study:
         )
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
-        """Return what the first process makes, on all of them; each its own where no pass has brought them together yet."""
-        if not torch.distributed.is_initialized():
+        """Return what the first process makes, on all of them."""
+        if not torch.distributed.is_initialized():  # one process
             return make()
         return self.trainer.strategy.broadcast(make() if self.trainer.is_global_zero else None)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Inside this context the processes that this one started end with it; what a machine does wrong is a UserError."""
+        """Inside this context the run's processes are one group and end together; what a machine does wrong is a UserError."""
         try:
             with self.faults.named(self.trainer):
+                self._meet()
                 yield
         except BaseException:
             # Left alone, they would wait in a collective and then complain about it.
             if isinstance(launcher := self.trainer.strategy.launcher, _SubprocessScriptLauncher):
                 launcher.kill(signal.SIGKILL)
             raise
+
+    def _meet(self) -> None:
+        """Start the other processes and form the group before anything is looked up that another run may be changing.
+
+        What is looked up first and shared later, ranks may see differently.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, DDPStrategy):
+            return
+        assert strategy.launcher is not None
+        try:
+            strategy.launcher.launch(strategy.setup_environment)
+        except ValueError as error:
+            where = self.config.trainer
+            raise UserError(
+                f"trainer.devices={where.devices} with trainer.num_nodes={where.num_nodes} is not what this job has: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
     def state(self, **news: float) -> dict[str, float]:
         """Return the scales learned so far, ``news`` added and stored."""

@@ -26,7 +26,7 @@ def help_text(program: str, own: Path | None = None, needs_recipe: bool = True, 
     if needs_recipe:
         parts += ["", "recipes", *(f"  {name:22} {line}" for name, line in recipe_lines(own))]
     parts += ["", "groups"]
-    parts += [f"  {group + '=':16} {' | '.join(recipe_files(group, own))}" for group in [*GROUPS, "sweep"]]
+    parts += [f"  {group + '=':16} {' | '.join(recipe_files(group, own))}" for group in GROUPS]
     parts += ["", "blocks (a _target_ and the options it takes)"]
     for title, key, block in blocks(own):
         shown = " ".join(f"{option}={_shown(value)}" for option, value in block.items() if option != "_target_")
@@ -45,8 +45,13 @@ def help_text(program: str, own: Path | None = None, needs_recipe: bool = True, 
 def recipe_lines(own: Path | None = None) -> Iterator[tuple[str, str]]:
     """Yield (name, first comment line) of every recipe, the user's own under ``own``/recipe included."""
     for name, path in recipe_files(own=own).items():
-        comments = [line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line]
-        yield name, comments[0].lstrip("# ") if comments else ""
+        yield name, first_line(path)
+
+
+def first_line(path: Path) -> str:
+    """Return what a recipe or sweep says of itself in its first comment line."""
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line]
+    return comments[0].lstrip("# ") if comments else ""
 
 
 def blocks(own: Path | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -65,7 +70,7 @@ def known_keys(own: Path | None = None) -> list[str]:
     of_blocks = [f"{key}.{option}" for _, key, block in blocks(own) for option in block]
     callbacks = [f"callbacks.{name}" for name in default_callbacks()]
     sections = [entry.name for entry in fields(Config) if entry.name not in ("defaults", "hydra")]
-    return list(dict.fromkeys(["recipe", "sweep", *GROUPS, *sections, *options, *callbacks, *of_blocks]))
+    return list(dict.fromkeys(["recipe", *GROUPS, *sections, *options, *callbacks, *of_blocks]))
 
 
 def option_sentences(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, str]]:

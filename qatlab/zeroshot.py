@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qatlab.cache import atomic, cache_dir
+from qatlab.cache import cache_dir, once
 from qatlab.clip import Clip
 from qatlab.data.prompts import prompts
 from qatlab.errors import UserError, nearest
@@ -162,12 +162,8 @@ def _cached(clip: Clip, text: Any, make: Callable[[], Tensor], cache: bool) -> T
     if not cache:
         return make()
     path = cache_dir("text") / f"{_fingerprint(clip, text)}.safetensors"
-    if path.exists():
-        return load_file(path)["features"]
-    features = make()
-    with atomic(path) as temporary:
-        save_file({"features": features}, temporary)
-    return features
+    once(path, lambda temporary: save_file({"features": make()}, temporary))
+    return load_file(path)["features"]
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -129,7 +130,7 @@ MISTAKES = {
     f"{LIGHT} fit.lr=slow": ["fit.lr=slow: it takes a number"],
     f"{LIGHT} force=maybe": ["force=maybe: it takes true or false"],
     f"{LIGHT} fit.grad_clip=x": ["fit.grad_clip=x: it takes a number or null"],
-    f"{LIGHT} wandb=off": ["wandb=off: it takes options of its own (mode, project, entity)"],
+    f"{LIGHT} wandb=off": ["wandb=off: it takes options of its own (mode, project, entity, group)"],
     f"{LIGHT} fit.steps": ["fit.steps has no value", "name=value"],
     f"{LIGHT} wandb.project=a(b": ["could not read wandb.project=a(b", "\"wandb.project='a(b'\""],
     f"{LIGHT} --fit.steps=3": ["--fit.steps=3 is not known: options have no dashes, fit.steps=3"],
@@ -344,10 +345,36 @@ def test_a_stop_says_how_to_go_on(command, number, code, name):
     assert "Traceback" not in outcome.err
 
 
-def test_other_ranks_stop_in_silence(command, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+@pytest.mark.parametrize(
+    ("error", "marked"),
+    [
+        (UserError("no shard."), True),
+        (RuntimeError("odd"), True),
+        (Stopped(signal.SIGTERM), False),
+        (SystemExit(0), False),
+    ],
+)
+def test_a_script_is_told_whether_a_process_erred(command, monkeypatch, tmp_path, error, marked):
+    """What terminates the others of a job makes them look like stopped ones."""
+    monkeypatch.setenv("QATLAB_MISTAKE", str(tmp_path / "mistake"))
+    with suppress(RuntimeError):
+        command(LIGHT, task=fail(error))
+    assert (tmp_path / "mistake").exists() == marked
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"LOCAL_RANK": "1"}, {"RANK": "8", "LOCAL_RANK": "0"}, {"SLURM_PROCID": "3"}],
+    ids=["lightning", "torchrun", "srun"],
+)
+def test_other_ranks_stop_in_silence_and_say_who_errs(command, monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     outcome = command(LIGHT, task=fail(Stopped(signal.SIGTERM)))
     assert (outcome.code, outcome.err) == (0, "")
+    outcome = command(LIGHT, task=fail(UserError("no shard.")))
+    number = next(value for value in given.values())
+    assert (outcome.code, outcome.err) == (2, f"qatlab: rank {number}: no shard.\n")
 
 
 def test_ctrl_c_before_the_run_began(command):

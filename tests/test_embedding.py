@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -164,6 +166,59 @@ def test_what_is_there_is_never_computed_again(
     assert (again.images, again.work) == (0, {})
     assert drive(again) == Counts(0, {"one": 0})
     assert (sum(decoded.values()), tower.seen) == (0, [])
+
+
+def test_images_that_are_kept_are_decoded_once_for_encoders_that_come_later(
+    encoder: Any, decoded: Counter[Any], drive: Drive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has nothing else in common with this one: its pass finds the pixels on disk, the very same."""
+    monkeypatch.setenv("QATLAB_CACHE", str(tmp_path / "cache"))
+    assert drive(Embedder([encoder("one", Tower(0))], tmp_path / "store", keep=True)).decoded == 30
+    decoded.clear()
+    later = Embedder([encoder("other", Tower(1))], tmp_path / "store", keep=True)
+    assert drive(later) == Counts(0, {"other": 30})
+    assert not decoded
+    plain = Embedder([encoder("other", Tower(1))], tmp_path / "plain")
+    drive(plain)
+    for entry in later.encoders[0].sets:
+        assert torch.equal(later.features("other", entry), plain.features("other", entry))
+
+
+def test_a_kept_image_whose_file_is_another_now_is_decoded_anew(
+    encoder: Any, decoded: Counter[Any], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QATLAB_CACHE", str(tmp_path / "cache"))
+    by_hand(Embedder([encoder("one", Tower(0))], tmp_path / "store", keep=True))
+    decoded.clear()
+    changed = root / "shapes" / NAMES[0] / "0.png"
+    Image.fromarray(np.zeros((70, 64, 3), np.uint8)).save(changed)
+    os.utime(changed, (1, 1))
+    found = by_hand(Embedder([encoder("other", Tower(1))], tmp_path / "store", keep=True))
+    assert found.decoded == sum(decoded.values()) == 2  # as it is and corrupted
+
+
+def test_images_that_would_fill_the_disk_are_not_kept(
+    encoder: Any, decoded: Counter[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QATLAB_CACHE", str(tmp_path / "cache"))
+    first = Embedder([encoder("one", Tower(0))], tmp_path / "store", keep=True)
+    (kept, own) = first.makes("one")
+    assert (kept[:8], own) == ("decoded-", "one")
+    assert first.makes("other") == [kept]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**18))
+    with pytest.raises(
+        UserError, match=r"suite.cache=true keeps 30 decoded images, .* GiB are free.*suite.cache=false"
+    ):
+        by_trainer(first)
+    assert not decoded
+    monkeypatch.undo()
+    monkeypatch.setenv("QATLAB_CACHE", str(tmp_path / "cache"))
+    by_trainer(first)
+    later = Embedder([encoder("other", Tower(1))], tmp_path / "store", keep=True)
+    assert later.makes("one") == []  # its own features are nobody else's, and the images are there
+    assert later.makes("other") == ["other"]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**18))
+    by_trainer(later)
 
 
 def test_an_image_that_several_encoders_lack_is_decoded_once(

@@ -168,9 +168,10 @@ def test_a_step_keeps_the_values_that_the_later_part_does_not_have(tmp_path):
     assert read(merged) == {4: {"loss": 2.0, "probe/id/top1": 0.5}}
 
 
-def test_ten_parts_are_merged_in_the_order_they_were_written(tmp_path):
+def test_ten_parts_are_merged_in_the_order_they_were_written_whatever_the_clocks_say(tmp_path):
     for part in range(11):  # version_10 sorts before version_2
         write(tmp_path, {0: {"loss": float(part)}})
+        os.utime(tmp_path / f"curves/version_{part}/metrics.csv", (1000 - part, 1000 - part))
     merged = merge_curves(tmp_path)
     assert merged is not None
     assert read(merged) == {0: {"loss": 10.0}}

@@ -46,7 +46,7 @@ for name, folder in json.loads(sys.argv[2]).items():
                 "recipes": sorted(qatlab.config.recipe_files()),
                 "once": Calibration is qatlab.callbacks.Calibration is get_object("qatlab.callbacks.Calibration"),
                 "modules": [m for m, module in sys.modules.items() if hasattr(module, "Calibration") and m.endswith("calibration")],
-                "strays": [m for m in ("callbacks", "recipes", "qatlab.qatlab", "qatlab.tests") if m in sys.modules],
+                "strays": [m for m in ("callbacks", "recipes", "slurm", "qatlab.qatlab", "qatlab.tests") if m in sys.modules],
             }
         except BaseException as error:
             found = {"error": repr(error)}
@@ -134,7 +134,8 @@ def test_the_wheel_holds_exactly_the_tree(checkout, wheel):
     expected |= {f"qatlab/callbacks/{name}" for name in files(checkout / "callbacks", "*.py")}
     expected |= {f"qatlab/recipes/{name}" for name in files(checkout / "recipes", "*.yaml")}
     expected |= {f"qatlab/assets/{name}" for name in files(checkout / "qatlab/assets", "*")}
-    expected |= {"qatlab/callbacks.pyi", "qatlab/recipes/__init__.py"}
+    expected |= {f"qatlab/slurm/{name}" for name in files(checkout / "slurm", "*.sbatch")}
+    expected |= {"qatlab/callbacks.pyi", "qatlab/recipes/__init__.py", "qatlab/slurm/__init__.py"}
     found = {name for name in files(wheel, "*") if ".dist-info/" not in name}
     assert found == expected
     assert "qatlab/recipes/quant/weight/lsq.yaml" in found

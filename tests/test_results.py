@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -15,10 +17,11 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 from qatlab import results
+from qatlab.cache import is_locked
 from qatlab.config import Config, compose, load
 from qatlab.errors import UserError
 from qatlab.evaluation import Row, Source, View, row
-from qatlab.results import Run, read_rows, run_id
+from qatlab.results import LOCK, Run, read_rows, run_id
 
 ROOT = Path(__file__).resolve().parents[1]
 fork = multiprocessing.get_context("fork")
@@ -271,6 +274,30 @@ def test_a_folder_in_use_names_who_holds_it_until_its_death(holder, config):
     process.join(30)
     with run:
         assert (run.folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_disk_without_locks_is_told(config, monkeypatch, capsys):
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("qatlab.cache.fcntl.flock", refused)
+    with Run(config, "ptq") as run:
+        run.append([scored("id")])
+    assert len(run.rows()) == 1
+    assert f"{run.folder} is on a disk without locks" in capsys.readouterr().out
+
+
+def test_who_looks_whether_a_folder_is_in_use_does_not_keep_a_run_from_it(config):
+    run = Run(config, "ptq")
+    run.folder.mkdir(parents=True)
+    path = run.folder / LOCK
+    path.touch()
+    assert not is_locked(path)
+    looking = path.open()
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.1, looking.close).start()
+    with run:
+        assert is_locked(path)
 
 
 def test_force_does_not_take_a_folder_in_use(holder, config):

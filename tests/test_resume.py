@@ -102,7 +102,7 @@ def command(
         base = [option for option in base if option.split("=")[0] not in given]
         line = [sys.executable, str(program), f"recipe={RECIPE}", f"output={output}", *base, *options]
         cache = os.environ["QATLAB_CACHE"]  # a test may have one of its own
-        environment = {**subprocess_environment, "QATLAB_CACHE": cache, "STRIKE": strike, "OMP_NUM_THREADS": "1"}
+        environment = {**subprocess_environment, "QATLAB_CACHE": cache, "STRIKE": strike}
         return subprocess.run(line, env=environment, cwd=output, capture_output=True, text=True, timeout=300, **more)
 
     return run
@@ -118,15 +118,6 @@ def weights(folder: Path) -> str:
 def the_run(output: Path) -> Path:
     (folder,) = (path for path in output.iterdir() if (path / "config.yaml").exists())
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Sums come out otherwise with another number of threads; the processes here have one each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +269,11 @@ def test_two_processes_go_on_with_the_same_bits(command: Struck, tmp_path: Path)
         folder.mkdir()
     assert command(whole, NOWHERE, *options).returncode == 0
     killed = command(broken, f"{int(signal.SIGKILL)},train,3,1", *options)
-    assert killed.returncode != 0
+    # Lightning ends the first process too, if that does not find out by itself before.
+    assert killed.returncode in (2, -signal.SIGTERM, -signal.SIGKILL), killed.stderr
+    if killed.returncode == 2:
+        assert "qatlab: another process of this run has ended or cannot be reached (" in killed.stderr
+    assert "Traceback" not in killed.stderr
     stopped = command(broken, f"{int(signal.SIGTERM)},train,4,1", *options)
     assert stopped.returncode == 75, stopped.stderr
     assert "training on from step=3.ckpt" in stopped.stdout

@@ -22,12 +22,12 @@ Command = Callable[..., tuple[Path, str]]
 def command(subprocess_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Command:
     """``command(module, devices, *options)``: the command line on so many processes; its run folder and what it said."""
 
-    def run(module: str, devices: int, *overrides: str) -> tuple[Path, str]:
+    def run(module: str, devices: int, *overrides: str, torchrun: bool = False) -> tuple[Path, str]:
         output = tmp_path_factory.mktemp("output")
-        line = [sys.executable, "-m", f"qatlab.{module}", f"output={output}", f"trainer.devices={devices}", *overrides]
-        # two threads each on a machine of two cores would only fight
-        environment = {**subprocess_environment, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(line, env=environment, cwd=output, capture_output=True, text=True, timeout=240)
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(devices)] if torchrun else []
+        program = [sys.executable, *launcher, "-m", f"qatlab.{module}"]
+        line = [*program, f"output={output}", f"trainer.devices={devices}", *overrides]
+        done = subprocess.run(line, env=subprocess_environment, cwd=output, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-4000:]
         (folder,) = (path for path in output.iterdir() if path.is_dir() and (path / "results.jsonl").exists())
         return folder, done.stdout
@@ -69,9 +69,12 @@ def test_two_processes_speak_once(evaluated: dict[int, tuple[Path, str]]) -> Non
         assert said.count(": fp32, tiny (tiny, gelu)") == 1
 
 
-def test_two_processes_train_one_run(command: Command, small_options: list[str], small: Options) -> None:
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_two_processes_train_one_run_whoever_starts_them(
+    command: Command, small_options: list[str], small: Options, torchrun: bool
+) -> None:
     options = [*small_options, "fit.steps=2", "fit.batch_size=8", "fit.unique_samples=16"]
-    folder, said = command("fit", 2, "recipe=light_qat_lsq", *options)
+    folder, said = command("fit", 2, "recipe=light_qat_lsq", *options, torchrun=torchrun)
     config = small("light_qat_lsq", f"output={folder.parent}")
     assert folder.name == f"light_qat_lsq-{run_id(config)}"
     rows = read_rows(folder / "results.jsonl")

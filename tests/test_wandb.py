@@ -53,6 +53,17 @@ def stored_history(folder: Path) -> dict[int, dict[str, float]]:
     return found
 
 
+def stored_run(folder: Path) -> Any:
+    """What the folder of one W&B run says of it."""
+    (file,) = folder.glob("*.wandb")
+    for data in stored_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            return record.run
+    raise AssertionError(f"{file} holds no run")
+
+
 def csv_history(path: Path) -> dict[int, dict[str, float]]:
     """What metrics.csv holds, by step."""
     rows = pl.read_csv(path, infer_schema_length=None).drop("epoch").iter_rows(named=True)
@@ -63,8 +74,10 @@ def test_an_offline_run_holds_the_same_curves_as_the_csv(
     small_fit: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_MODE")
-    done = small_fit("light_qat_lsq", tmp_path, "wandb.mode=offline", "objective.feature_mse=0.5")
+    done = small_fit("light_qat_lsq", tmp_path, "wandb.mode=offline", "wandb.group=bits", "objective.feature_mse=0.5")
     (folder,) = (done.folder / "wandb").glob("offline-run-*")
+    run = stored_run(folder)
+    assert (run.run_group, run.job_type, list(run.tags)) == ("bits", "light_qat_lsq", ["tiny", "W8A8", "seed 0"])
     history, curves = stored_history(folder), csv_history(done.folder / "metrics.csv")
     expected = {
         *("train/loss", "train/contrastive", "train/feature_mse", "grad_norm/total", "grad_norm/scales"),

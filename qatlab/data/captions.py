@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from qatlab.cache import digest
 from qatlab.data.decoded import DecodedImages
-from qatlab.data.fetch import digest, is_local, shown
+from qatlab.data.fetch import is_local, shown
 from qatlab.data.order import Order
 from qatlab.data.samples import UNREADABLE, Captioned, SkipCounter
 from qatlab.data.shards import expand_shards
@@ -202,14 +203,14 @@ class Reading:
         decoded, index = self.source.decoded(self.preprocess), self.source.tars.index(shard)
         size = self.images[row].numel()
         pixels = self.pixels[row * size : (row + 1) * size]
-        if decoded and decoded.read(index, number, pixels):
+        if decoded and decoded.read(index.identity, number, pixels):
             return
         try:
             self.images[row] = self.preprocess.decode(sample.read(suffix))
         except BadImage as error:
             raise UnusableSampleError("corrupt image") from error
         if decoded:
-            decoded.write(index, number, pixels)
+            decoded.write(index.identity, number, pixels)
 
 
 def _fields(sample: Sample) -> dict[str, Any]:

@@ -10,9 +10,8 @@ import PIL
 import torch
 import torchvision
 
-from qatlab.cache import cache_dir
-from qatlab.data.fetch import digest, unwritable
-from qatlab.data.tars import OpenFiles, TarIndex
+from qatlab.cache import cache_dir, digest, unwritable
+from qatlab.data.tars import OpenFiles
 from qatlab.data.transforms import Preprocess
 
 VERSION = 1  # counts changes of how images are decoded and stored
@@ -20,13 +19,14 @@ WRITTEN = 1 << 32  # added to the checksum, so that the zeros of a hole in the f
 
 
 class DecodedImages:
-    """The images of shards as (3, S, S) uint8, one file per shard in ``$QATLAB_CACHE/decoded``.
+    """Images as (3, S, S) uint8, one file per shard or pool of a suite in ``$QATLAB_CACHE/decoded``.
 
-    Each image has a record of its own at a fixed place: the pixels, then 8 bytes with their CRC-32, written last; a
-    record without a right checksum was never written whole and counts as absent. Files are sparse and grow as images
-    are added. Any number of processes may read and write at once: two that write the same image write the same bytes.
-    What decides the pixels is in the path: the shard's path, size and time, the preprocessing, and the versions of the
-    libraries that decode and resize.
+    Each image has a record of its own at a fixed place: the pixels, then 8 bytes with the CRC-32 of them and of what the
+    image is, written last; a record without a right checksum was never written whole, or is of an image that lay there
+    before, and counts as absent. Files are sparse and grow as images are added. Any number of processes may read and
+    write at once: two that write the same image write the same bytes.
+    What decides the pixels is in the path: what the file is of (a shard's path, size and time; a pool's layout and
+    corruption), the preprocessing, and the versions of the libraries that decode and resize.
     """
 
     def __init__(self, preprocess: Preprocess) -> None:
@@ -37,28 +37,41 @@ class DecodedImages:
         self.size = 3 * preprocess.size**2
         self._files: OpenFiles[str, CacheFile] = OpenFiles()
 
-    def read(self, index: TarIndex, number: int, pixels: memoryview) -> bool:
-        """Fill ``pixels``, 3 S S bytes, with an image and return True, or return False when the cache has it not."""
+    def read(self, of: str, number: int, pixels: memoryview, image: int = 0) -> bool:
+        """Fill ``pixels``, 3 S S bytes, with an image and return True, or return False when the cache has it not.
+
+        ``of`` is what the file is of, ``number`` the image's place in it, and ``image`` what tells it from others there.
+        """
         mark = bytearray(8)
         try:
-            os.preadv(self._file(index).number, [pixels, mark], number * (self.size + 8))
+            os.preadv(self._file(of).number, [pixels, mark], number * (self.size + 8))
         except OSError:  # decoded anew; if the folder itself is at fault, writing says so
             return False
-        return int.from_bytes(mark, "little") == WRITTEN + zlib.crc32(pixels)
+        return int.from_bytes(mark, "little") == _mark(pixels, image)
 
-    def write(self, index: TarIndex, number: int, pixels: memoryview) -> None:
+    def write(self, of: str, number: int, pixels: memoryview, image: int = 0) -> None:
         """Store an image; raises UserError when the disk is full."""
-        mark = (WRITTEN + zlib.crc32(pixels)).to_bytes(8, "little")
+        mark = _mark(pixels, image).to_bytes(8, "little")
         place = number * (self.size + 8)
         try:
-            file = self._file(index).number
+            file = self._file(of).number
             _write(file, pixels, place)
             _write(file, mark, place + self.size)
         except OSError as error:
-            raise unwritable(self.folder, error, ", or set data.cache=false") from error
+            raise unwritable(self.folder, error, ", or set data.cache=false and suite.cache=false") from error
 
-    def _file(self, index: TarIndex) -> CacheFile:
-        return self._files.get(index.identity, lambda: CacheFile(self.folder / f"{digest(index.identity)}.u8"))
+    def lacks(self, of: str, number: int) -> bool:
+        """Return whether an image was never written, told from its mark alone."""
+        try:
+            return not any(os.pread(self._file(of).number, 8, number * (self.size + 8) + self.size))
+        except OSError:
+            return True
+
+    def _path(self, of: str) -> Path:
+        return self.folder / f"{digest(of)}.u8"
+
+    def _file(self, of: str) -> CacheFile:
+        return self._files.get(of, lambda: CacheFile(self._path(of)))
 
 
 class CacheFile:
@@ -70,6 +83,10 @@ class CacheFile:
     def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
+
+
+def _mark(pixels: memoryview, image: int) -> int:
+    return WRITTEN + zlib.crc32(pixels, image & 0xFFFFFFFF)
 
 
 def _write(file: int, data: memoryview | bytes, offset: int) -> None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import bz2
-import fcntl
 import gzip
-import hashlib
 import lzma
 import os
-import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from webdataset.gopen import gopen
 
-from qatlab.cache import atomic, cache_dir
+from qatlab.cache import cache_dir, digest, once
 from qatlab.errors import UserError
 
 CHUNK = 2**20
@@ -43,11 +39,6 @@ def identity(path: Path | str, status: os.stat_result) -> str:
     return f"{os.path.abspath(path)}/{status.st_size}/{status.st_mtime_ns}"
 
 
-def digest(text: str) -> str:
-    """Return the 32 hex digits under which caches file what belongs to ``text``."""
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
-
-
 def local_file(shard: str) -> Path:
     """Return the path of the shard as an uncompressed tar.
 
@@ -68,50 +59,6 @@ def local_file(shard: str) -> Path:
         target = _place(shard)
         once(target, lambda path: _fetch(shard, path))
     return target
-
-
-def once(path: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` make the file ``path`` unless it is there; of several processes one does, the others wait.
-
-    ``write`` is given a temporary path, so that no reader sees half a file; what a killed process left of one is
-    removed. Raises UserError when the folder cannot be written to.
-    """
-    if path.exists():
-        return
-    with locked(path.name) as alone:
-        if path.exists():
-            return
-        for rest in path.parent.glob(f".{path.name}.*") if alone else ():
-            rest.unlink(missing_ok=True)
-        try:
-            with atomic(path) as temporary:
-                write(temporary)
-        except OSError as error:
-            raise unwritable(path.parent, error) from error
-
-
-@contextmanager
-def locked(name: str) -> Iterator[bool]:
-    """Hold one of 256 locks of this machine, chosen by ``name``.
-
-    Yields False on a file system without locks, where several processes may then do the same work.
-    """
-    with (cache_dir("locks") / digest(name)[:2]).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # given back by the kernel when its holder dies
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
-def unwritable(folder: Path, error: OSError, remedy: str = "") -> UserError:
-    """Return the UserError for a cache folder that cannot be written to, with the free space and what can be done."""
-    free = shutil.disk_usage(folder).free / 2**20
-    return UserError(
-        f"{folder} cannot be written to ({error.strerror or error}; {free:.0f} MiB are free on its disk): make room or "
-        f"point QATLAB_CACHE at another disk{remedy}."
-    )
 
 
 def _place(text: str) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from qatlab.data.decoded import DecodedImages
 from qatlab.data.sets import ImageSet
 from qatlab.data.suites import EvaluationSet
 from qatlab.errors import UserError
@@ -39,10 +40,24 @@ class Pool:
             return torch.stack([image for image, _ in self.images.__getitems__(places)])
         return torch.stack([self.images.at(place) for place in places])
 
-    def loader(self, batches: Sequence[list[int]], workers: int) -> DataLoader[Any]:
-        """Return the loader of (images (B, 3, S, S) uint8, places (B,) int64) for ``batches`` of places."""
+    def kept_batch(self, places: list[int], kept: DecodedImages | None) -> tuple[Tensor, int]:
+        """Return the images at some places and how many of them were decoded; the others were ``kept`` from before."""
+        if kept is None:
+            return self.batch(places), len(places)
+        images = torch.empty(len(places), 3, kept.preprocess.size, kept.preprocess.size, dtype=torch.uint8)
+        rows = [memoryview(image.numpy().reshape(-1)) for image in images]
+        ids = self.ids(places)
+        lacking = [i for i, place in enumerate(places) if not kept.read(self.folder, place, rows[i], ids[i])]
+        if lacking:
+            images[lacking] = self.batch([places[i] for i in lacking])
+        for i in lacking:
+            kept.write(self.folder, places[i], rows[i], ids[i])
+        return images, len(lacking)
+
+    def loader(self, batches: Sequence[list[int]], workers: int, kept: DecodedImages | None) -> DataLoader[Any]:
+        """Return the loader of (images (B, 3, S, S) uint8, places (B,) int64, how many were decoded) for ``batches``."""
         return DataLoader(
-            _Batches(self, batches),
+            _Batches(self, batches, kept),
             batch_size=None,  # an item is a batch: Lightning takes a batch sampler apart before it predicts
             num_workers=0 if self.rendered else workers,
             worker_init_fn=leave_to_parent,
@@ -50,16 +65,17 @@ class Pool:
 
 
 class _Batches(Dataset[Any]):
-    def __init__(self, pool: Pool, batches: Sequence[list[int]]) -> None:
-        self.pool, self.batches = pool, batches
+    def __init__(self, pool: Pool, batches: Sequence[list[int]], kept: DecodedImages | None) -> None:
+        self.pool, self.batches, self.kept = pool, batches, kept
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | dict[str, str]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int] | dict[str, str]:
         places = self.batches[index]
         try:
-            return self.pool.batch(places), torch.tensor(places)
+            images, decoded = self.pool.kept_batch(places, self.kept)
+            return images, torch.tensor(places), decoded
         except UserError as error:
             return {"mistake": str(error)}  # raised through a worker it would carry the worker's traceback in its text
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qatlab.cache import cache_dir
+from qatlab.cache import cache_dir, digest, locked
 from qatlab.data.captions import CaptionShards
 from qatlab.data.embedded import CLASS_NAMES, lesson, write_caption_shards
-from qatlab.data.fetch import digest, locked
 from qatlab.data.samples import Captioned
 from qatlab.data.shards import expand_shards
 from qatlab.data.transforms import Preprocess

@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from webdataset.tariterators import group_by_keys
 
-from qatlab.cache import cache_dir
-from qatlab.data.fetch import digest, identity, local_file, once, shown
+from qatlab.cache import cache_dir, digest, once
+from qatlab.data.fetch import identity, local_file, shown
 from qatlab.errors import UserError
 
 VERSION = 1  # counts changes of what an index says: cached ones carry it

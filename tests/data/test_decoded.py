@@ -168,7 +168,7 @@ def test_a_file_that_may_not_grow_is_no_signal(folder, cache):
     worker.join()
     assert said.startswith(str(cache))
     assert "File too large" in said
-    assert said.endswith("set data.cache=false.")
+    assert said.endswith("set data.cache=false and suite.cache=false.")
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_image(folder, monkeypatch, decodes):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from qatlab.data import fetch
+from qatlab.cache import once
 from qatlab.data.captions import CaptionShards
 from qatlab.data.embedded import write_caption_shards
-from qatlab.data.fetch import local_file, once
+from qatlab.data.fetch import local_file
 from qatlab.data.module import CaptionModule
 from qatlab.data.transforms import Preprocess
 from qatlab.errors import UserError
@@ -164,7 +164,7 @@ def test_without_locks_everybody_still_gets_the_file(cache, monkeypatch):
     def refused(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(fetch.fcntl, "flock", refused)
+    monkeypatch.setattr("qatlab.cache.fcntl.flock", refused)
     once(cache / "file", lambda temporary: temporary.write_text("made"))
     assert (cache / "file").read_text() == "made"
 

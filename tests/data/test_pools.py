@@ -61,7 +61,7 @@ def stored(of: Pool) -> tuple[str, tuple[int, ...]]:
 def shown(loader: Any) -> tuple[Tensor, list[int]]:
     """The images of a loader, and their places or positions."""
     batches = list(loader)
-    return torch.cat([batch[0] for batch in batches]), torch.cat([batch[-1] for batch in batches]).tolist()
+    return torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches]).tolist()
 
 
 # -- which images are one pool ---------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_a_loader_gives_the_images_of_the_set(clip: Clip, root: Path, workers: i
     (pool,) = pooled(suite(clip, root, shapes=SetConfig("shapes", "id")).sets)
     whole = ImageFolderSet(root / "shapes", clip.preprocess, dict.fromkeys(NAMES, 0))
     batches = [[0, 3, 5, 6], [14, 1], [8]]
-    images, places = shown(pool.loader(batches, workers))
+    images, places = shown(pool.loader(batches, workers, None))
     assert images.dtype == torch.uint8
     assert places == [place for batch in batches for place in batch]
     assert torch.equal(images, torch.stack([whole[place][0] for place in places]))
@@ -209,7 +209,7 @@ def test_so_it_does_of_corrupted_images(clip: Clip, root: Path) -> None:
     (entry,) = suite(clip, root, noisy=SetConfig("shapes", "id", pick="::-2", corruption=noisy)).sets
     places = places_of(entry)
     assert places == EVERY[::-2]
-    images, found = shown(pool_of(entry).loader([places[:5], places[5:]], 0))
+    images, found = shown(pool_of(entry).loader([places[:5], places[5:]], 0, None))
     assert found == places
     assert torch.equal(images, torch.stack([entry.images.images[i][0] for i in range(len(places))]))
 
@@ -228,7 +228,7 @@ def test_a_rendered_set_is_one_pool_however_many_images_it_has(clip: Clip) -> No
     for order in ([few, many], [many, few]):
         ((pool, places),) = pooled(order).items()
         assert places == list(range(11))
-        images, found = shown(pool.loader([places[:4], places[4:]], 2))
+        images, found = shown(pool.loader([places[:4], places[4:]], 2, None))
         assert found == places
         assert torch.equal(images, torch.stack([many.images.images[i][0] for i in range(11)]))
 

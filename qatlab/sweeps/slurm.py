@@ -1,0 +1,47 @@
+"""Cells as the tasks of a Slurm array."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from qatlab.cache import atomic
+from qatlab.errors import UserError
+from qatlab.sweeps.grid import Cell
+from qatlab.sweeps.state import log_of
+
+
+def submit(cells: Sequence[Cell], name: str, jobs: int, options: Sequence[str], own: Path | None) -> str:
+    """Return the id of the array job that runs the cells, ``jobs`` at a time; ``options`` are sbatch's.
+
+    The cells lie one a line in <output>/sweeps, and slurm/sweep.sbatch runs the line of its task. Raises UserError where
+    there is no Slurm, and with what sbatch said where it took nothing.
+    """
+    for option in {option for cell in cells for option in cell.overrides}:
+        if option.startswith(("trainer.devices=", "trainer.num_nodes=")):
+            raise UserError(
+                f"{option}: on Slurm the job decides, slurm='--nodes=1 --ntasks-per-node=2 --gres=gpu:2' for two."
+            )
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not here: submit on a machine of the cluster, or `run` the sweep on this one.")
+    runs = [cell.run for cell in cells if cell.run is not None]
+    output = runs[0].folder.parent.resolve()
+    where = ["--config-dir", str(own.resolve())] if own else []
+    lines = [shlex.join([str(log_of(cell.run)), *where, *cell.overrides]) for cell in cells if cell.run is not None]
+    text = "\n".join(lines) + "\n"
+    # By what is in it: tasks that still wait read the list that they were submitted with.
+    listed = output / "sweeps" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
+    with atomic(listed) as temporary:
+        temporary.write_text(text)
+    script = Path(str(files("qatlab.slurm"))) / "sweep.sbatch"
+    command = ["sbatch", "--parsable", f"--array=0-{len(lines) - 1}%{jobs}", f"--job-name={name}", *options]
+    done = subprocess.run([*command, str(script), str(listed)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise UserError(f"sbatch refused the sweep: {said[-1]}")
+    return done.stdout.strip().partition(";")[0]
