@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from qatlab.config import Config
-from qatlab.results import read_rows, run_id
+from qatlab.results import Run, read_rows, run_id
 
 Options = Callable[..., Config]
 Command = Callable[..., tuple[Path, str]]
@@ -29,8 +29,8 @@ def command(subprocess_environment: dict[str, str], tmp_path_factory: pytest.Tem
         line = [*program, f"output={output}", f"trainer.devices={devices}", *overrides]
         done = subprocess.run(line, env=subprocess_environment, cwd=output, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-4000:]
-        (folder,) = (path for path in output.iterdir() if path.is_dir() and (path / "results.jsonl").exists())
-        return folder, done.stdout
+        made = (path for path in output.iterdir() if path.is_dir() and (path / "results.jsonl").exists())
+        return next(made, output), done.stdout
 
     return run
 
@@ -83,6 +83,19 @@ def test_two_processes_train_one_run_whoever_starts_them(
     assert len(numbers(folder)) == len(rows)
     assert said.count("training: 2 steps x 8 images") == 1
     assert (folder / "model.safetensors").exists()
+
+
+def test_two_processes_score_a_finished_run_on_more_images(
+    command: Command, small_options: list[str], small_fit: Callable[..., Run], tmp_path: Path
+) -> None:
+    """They meet though the run is finished: for the suite it was made with, not for this one."""
+    run = small_fit("ptq", tmp_path)
+    assert run.finished() is not None
+    options = [option for option in small_options if not option.startswith(("quant.", "data.", "suite.images"))]
+    _, said = command("evaluate", 2, f"checkpoint={run.folder}", *options, "suite.images=48")
+    assert said.count("scoring 144 images") == 1
+    found = [row["n"] for row in run.rows() if row["stage"] == "quantized" and row["dataset"] == "id"]
+    assert set(found) == {32, 48}
 
 
 def test_two_processes_with_other_options_find_out() -> None:
