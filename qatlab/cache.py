@@ -80,14 +80,14 @@ def locked(name: str) -> Iterator[bool]:
         yield lock(file, wait=True) is True
 
 
-def lock(file: IO[Any], wait: bool) -> bool | None:
+def lock(file: IO[Any], wait: bool, kind: int = fcntl.LOCK_EX) -> bool | None:
     """Lock an open file until it is closed, by the kernel too when its holder dies.
 
     Returns True, or False where another process has it and this one does not ``wait``, or None on a file system without
     locks.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -99,12 +99,9 @@ def is_locked(path: Path) -> bool:
     """Return whether a process has locked a file; one that tries to meanwhile may be refused."""
     try:
         with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no such file, or no locks there
+            return lock(file, wait=False, kind=fcntl.LOCK_SH) is False
+    except OSError:  # no such file
         return False
-    return False
 
 
 def unwritable(folder: Path, error: OSError, remedy: str = "") -> UserError:

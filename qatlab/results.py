@@ -22,7 +22,7 @@ import polars as pl
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
-from qatlab.cache import atomic, full_disk_named, lock
+from qatlab.cache import atomic, digest, full_disk_named, lock
 from qatlab.config import Config, load, save
 from qatlab.errors import UserError
 from qatlab.evaluation import Row
@@ -44,14 +44,14 @@ _KEY = ["run_id", "stage", "step", "dataset", "definition", "score", "prompts"]
 
 def run_id(config: Config) -> str:
     """Return eight hex digits: a hash of ``identity``, equal on every rank."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    return digest(json.dumps(identity(config), sort_keys=True))[:8]
 
 
 def evaluation_id(config: Config) -> str:
     """Return eight hex digits: a hash of what a model is scored on, and by which evaluations."""
     suite = {key: value for key, value in dataclasses.asdict(config.suite).items() if key not in _NOT_SCORED}
     asked = {"suite": suite, "callbacks": config.callbacks}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    return digest(json.dumps(asked, sort_keys=True))[:8]
 
 
 def identity(config: Config) -> Row:
@@ -74,11 +74,11 @@ def identity(config: Config) -> Row:
 @lru_cache
 def _sha256(file: Path, size: int, mtime_ns: int) -> str:
     """Return the hash of a file's content; a start asks for it several times, of files of hundreds of megabytes."""
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     with file.open("rb") as handle:
         while chunk := handle.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+            hashed.update(chunk)
+    return hashed.hexdigest()
 
 
 def is_rank_zero() -> bool:

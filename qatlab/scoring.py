@@ -171,18 +171,14 @@ def fill(scorings: Sequence[Scoring]) -> None:
     study = scorings[0].study
     trainer, suite = study.trainer, study.config.suite
     encoders = [reading.encoder for scoring in scorings for reading in scoring.readings]
-
-    def lacking() -> Embedder:
-        return Embedder(encoders, cache_dir("features"), trainer.strategy.broadcast, suite.cache)
-
-    embedder = lacking()
+    embedder = study.embedder(encoders)
     for file in embedder.damaged:
         study.say(f"{file} is damaged: its images are embedded again")
     with ExitStack() as stack:
         # The other runs of a sweep would too: one does, the others find it done. Always in this order.
         for made in embedder.makes(study.fp32_key):
             stack.enter_context(_turn(study, made))
-            embedder = lacking()
+            embedder = study.embedder(encoders)
         batches = sum(-(-len(places) // suite.batch_size) for places in embedder.work.values())
         study.progress["batches"] = -(-batches // trainer.world_size)
         study.took += embed(trainer, embedder, suite.batch_size, study.config.fit.workers)

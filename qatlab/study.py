@@ -262,12 +262,16 @@ class Study:
             fill([scoring])
             scoring.store()
 
+    def embedder(self, encoders: Sequence[Encoder]) -> Embedder:
+        """Return the pass that fills the stores with what they lack of ``encoders``; collective."""
+        return Embedder(encoders, cache_dir("features"), self.trainer.strategy.broadcast, self.config.suite.cache)
+
     def features(self, entry: EvaluationSet) -> dict[str, Tensor]:
         """Return the features (n, D) of a set's images from the stores or computed, "fp32", "simulated" and by integer stage."""
         towers = {"fp32": self.clip.visual, "simulated": self.module.visual, **self.integers}
         keys = {name: self.encoder_key(tower) for name, tower in towers.items()}
         encoders = [Encoder(keys[name], tower, self.clip.preprocess, [entry]) for name, tower in towers.items()]
-        embedder = Embedder(encoders, cache_dir("features"), self.trainer.strategy.broadcast, self.config.suite.cache)
+        embedder = self.embedder(encoders)
         embed(self.trainer, embedder, self.config.suite.batch_size, self.config.fit.workers)
         return {name: embedder.features(key, entry) for name, key in keys.items()}
 

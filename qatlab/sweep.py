@@ -45,7 +45,7 @@ def _read(word: str, arguments: list[str]) -> tuple[str, int, list[str] | None, 
     """Return the sweep's name, the jobs at a time, sbatch's options where some are given, and what goes to every run."""
     options = {"sweep": "", "jobs": "1"}
     slurm, given = None, []
-    for i, argument in enumerate(arguments):
+    for before, argument in zip(["", *arguments], arguments, strict=False):
         key, equals, value = argument.partition("=")
         if equals and key in options:
             options[key] = value
@@ -55,7 +55,7 @@ def _read(word: str, arguments: list[str]) -> tuple[str, int, list[str] | None, 
             raise UserError("force= would move the runs aside each time: move those you mean, and run the sweep again.")
         elif is_override(argument):
             given.append(argument)
-        elif key not in CONFIG_DIR and arguments[i - 1 : i] not in ([flag] for flag in CONFIG_DIR):
+        elif key not in CONFIG_DIR and before not in CONFIG_DIR:
             raise UserError(f"{argument} is not known: options are name=value, --help lists the sweeps.")
     name, jobs = options.values()
     if not name:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from qatlab.cache import atomic
+from qatlab.cache import atomic, digest
 from qatlab.errors import UserError
 from qatlab.sweeps.grid import Cell
 from qatlab.sweeps.state import log_of
@@ -35,7 +34,7 @@ def submit(cells: Sequence[Cell], name: str, jobs: int, options: Sequence[str], 
     lines = [shlex.join([str(log_of(cell.run)), *where, *cell.overrides]) for cell in cells if cell.run is not None]
     text = "\n".join(lines) + "\n"
     # By what is in it: tasks that still wait read the list that they were submitted with.
-    listed = output / "sweeps" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
+    listed = output / "sweeps" / f"{name}-{digest(text)[:8]}.txt"
     with atomic(listed) as temporary:
         temporary.write_text(text)
     script = Path(str(files("qatlab.slurm"))) / "sweep.sbatch"
