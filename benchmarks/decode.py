@@ -18,7 +18,7 @@ from open_clip import image_transform
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 
-from qatlab.data.transforms import Preprocess
+from qatlab.data.preprocess import Preprocess
 
 ROOT = Path(__file__).resolve().parent.parent
 

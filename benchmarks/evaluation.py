@@ -24,11 +24,13 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import resize
 
 from qatlab.config import SetConfig, compose
+from qatlab.core.signals import StopSignals
 from qatlab.data.texttable import TextTable, save_text_table
-from qatlab.evaluation import View
-from qatlab.results import Run
-from qatlab.stopping import StopSignals
-from qatlab.study import Study
+from qatlab.results.run import Run
+from qatlab.stages.experiment import Experiment
+from qatlab.stages.opening import open_experiment
+from qatlab.stages.score import score
+from qatlab.suites.source import View
 
 TARGET = 1.15
 
@@ -52,23 +54,25 @@ def main() -> None:
 def measure(root: Path, options: argparse.Namespace) -> None:
     """Score a suite below ``root`` and run the tower by itself."""
     write_images(root / "images", options.images)
-    study = build(root, options)
+    experiment = build(root, options)
     start = time.process_time()
-    study.score([View("fp32", study.module.logit_scale)])
+    score([(experiment, [View("fp32", experiment.towers.full.logit_scale)])])
     total = time.process_time() - start
-    images = torch.stack([study.suite.sets[0].images.images.at(place) for place in range(options.images)])
-    batches = study.clip.preprocess.normalize(images).split(study.config.suite.batch_size)
+    images = torch.stack([experiment.suite.sets[0].images.images.at(place) for place in range(options.images)])
+    batches = experiment.towers.full.preprocess.normalize(images).split(experiment.config.suite.batch_size)
     start = time.process_time()
     with torch.no_grad():
         for batch in batches:
-            study.clip.visual(batch)
+            experiment.towers.full.visual(batch)
     encoder = time.process_time() - start
-    print(f"{options.images} images, {study.took.decoded} decoded, {sum(study.took.encoded.values())} encoded")
+    print(
+        f"{options.images} images, {experiment.work.decoded} decoded, {sum(experiment.work.encoded.values())} encoded"
+    )
     print(f"encoder {encoder:.1f} s, all of it {total:.1f} s: {total / encoder:.3f} [{TARGET}]")
 
 
-def build(root: Path, options: argparse.Namespace) -> Study:
-    """Return a study of a tower of random weights and three sets of the same images."""
+def build(root: Path, options: argparse.Namespace) -> Experiment:
+    """Return an experiment with a tower of random weights and three sets of the same images."""
     torch.manual_seed(0)
     preset = compose(f"model={options.model}").model
     visual = open_clip.create_model(preset.name).visual
@@ -101,7 +105,7 @@ def build(root: Path, options: argparse.Namespace) -> Study:
     }
     run = Run(config, "benchmark")
     run.__enter__()
-    return Study(config, run, "benchmark", StopSignals())
+    return open_experiment(config, run, "benchmark", StopSignals())
 
 
 def write_images(folder: Path, images: int) -> None:

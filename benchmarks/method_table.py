@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from qatlab.quant import LSQ, DynamicMinMax, LSQPlus, MinMax, calibrate, quant_layers, quantize
-from qatlab.quant.allocate import bit_rules
-from qatlab.quant.lora import LoRA
-from qatlab.quant.lr_qat import LRQAT
-from qatlab.quant.raana import RaanA
-from qatlab.quant.rotation import Rotation
-from qatlab.quant.sensitivity import gradient_sensitivities
-from qatlab.quant.smoothquant import SmoothQuant
+from qatlab.quant.bits.allocate import bit_rules
+from qatlab.quant.bits.sensitivity import gradient_sensitivities
+from qatlab.quant.layers.lora import LoRA
+from qatlab.quant.quantizers.lr_qat import LRQAT
+from qatlab.quant.quantizers.raana import RaanA
+from qatlab.quant.rewrites.rotation import Rotation
+from qatlab.quant.rewrites.smoothquant import SmoothQuant
 
 LSQ_STEP = {"compiled": 1.20, "eager": 1.45}
 
@@ -55,7 +55,9 @@ def mixed_precision(visual: nn.Module, batches: list[Tensor]) -> nn.Module:
         for name, cost in gradient_sensitivities(model, batches).items()
     }
     sizes = {name: layer.weight.numel() for name, layer in quant_layers(model).items()}
-    return plain(W8, A8, rules=bit_rules(costs, sizes, 6))(visual, batches)
+    # The activations of a layer get the bits of its weight.
+    rules = {name: {**rule, "act": rule["weight"]} for name, rule in bit_rules(costs, sizes, 6).items()}
+    return plain(W8, A8, rules=rules)(visual, batches)
 
 
 def observed(**options: Any) -> Make:

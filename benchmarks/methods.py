@@ -34,9 +34,9 @@ from method_table import A8, METHODS, W8, Method
 from qat_step import Clock, gflops, step_of
 from torch import Tensor, nn
 
-from qatlab.memory import saved_bytes
 from qatlab.quant import quant_layers, quantize
-from qatlab.quant.trainable import prepare_training
+from qatlab.quant.layers.trainable import prepare_training
+from qatlab.training.memory import saved_bytes
 
 BATCH = 16
 CALIBRATION, EVAL, KEPT, PEAK = 1.50, 1.30, 1.05, 1.10

@@ -30,9 +30,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from qatlab.memory import saved_bytes
 from qatlab.quant import LSQ, calibrate, quantize
-from qatlab.quant.trainable import prepare_training
+from qatlab.quant.layers.trainable import prepare_training
+from qatlab.training.memory import saved_bytes
 
 # name: (kernels, products, target of the time ratio)
 VARIANTS = {

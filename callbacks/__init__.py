@@ -1,4 +1,4 @@
-"""Evaluations, fed with the embedded batches of a pass over a suite, and what else looks at training or keeps it."""
+"""The evaluations of a suite, and the callbacks that watch a training or write its checkpoints."""
 
 from qatlab.callbacks.calibration import Calibration
 from qatlab.callbacks.checkpoints import Checkpoints

@@ -1,4 +1,4 @@
-"""When a training checkpoint is written, and where training stops when it is told to."""
+"""When a training checkpoint is written, and where training stops after a signal."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import lightning as L
 import torch
 
-from qatlab.checkpoints import MADE_WITH
-from qatlab.errors import UserError
-from qatlab.stopping import Stopped, StopSignals
+from qatlab.core.errors import UserError
+from qatlab.core.signals import Stopped, StopSignals
+from qatlab.training.checkpoints import MADE_WITH
 
 
 class Checkpoints(L.Callback):
-    """Writes ``folder``/step=<n>.ckpt every ``every`` steps, and raises Stopped between two steps where ``stop`` was told to.
+    """Writes ``folder``/step=<n>.ckpt every ``every`` steps, and raises Stopped between two steps after a signal.
 
-    One lies before each probe too (``probe_every``), so that a probe that was cut short is all there is to repeat, and
-    after the last step. A signal that reached any rank stops all of them after the same step, behind a checkpoint; inside
-    a probe it stops at once. ``made_with`` is what the checkpoint says about its run.
+    A checkpoint is also written before each probe (``probe_every``), so that only the probe is repeated after a kill,
+    and after the last step. A signal that reached any rank stops all ranks after the same step, with a checkpoint; a
+    signal within a probe stops at once. ``made_with`` is what the checkpoint says about its run.
     """
 
     def __init__(
@@ -27,10 +27,10 @@ class Checkpoints(L.Callback):
     ) -> None:
         self.folder, self.every, self.probe_every, self.stop = folder, every, probe_every, stop
         self.made_with = made_with
-        self.stopping = 0  # the signal that a rank got, on all of them
+        self.stopping = 0  # the number of the signal that any rank has received, the same on all ranks
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Let steps finish from now on; UserError when the ranks go on from different checkpoints."""
+        """Let steps finish before a signal stops the run; UserError when the ranks go on from different checkpoints."""
         first = trainer.strategy.broadcast(trainer.global_step)
         if first != trainer.global_step:
             raise UserError(
@@ -43,25 +43,31 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Write a checkpoint where one is due, or where a signal has reached any of the ranks."""
         step = trainer.global_step
+        # A signal may reach one rank alone. If only that rank stopped, the others would wait for it in the next step.
         received = torch.tensor(self.stop.received or 0, device=trainer.strategy.root_device)
         self.stopping = int(trainer.strategy.reduce(received, reduce_op="max"))
         probe = self.probe_every and step % self.probe_every == 0
         if self.stopping or probe or step % self.every == 0 or step == trainer.max_steps:
+            # Lightning logs a step only after this hook. Without this call the curves of a process that ends here would
+            # lack the step, because the process that goes on from the checkpoint begins with the next one.
+            trainer._logger_connector.update_train_step_metrics()
+            # Curves are written first: a process that goes on from the checkpoint does not compute earlier steps again.
             self._save_curves(trainer)
             trainer.save_checkpoint(self.folder / f"step={step}.ckpt")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stop before the next step, on every rank, when the last one was to be the last: its curves are logged by now."""
+        """Stop before the next step, on every rank, after a signal; the curves of the last step are logged by now."""
         self._stop_if_told(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Let a signal end a probe at once: its checkpoint is there."""
+        """Let a signal end a probe at once, because a checkpoint was written before the probe."""
         if trainer.state.fn == "fit":
             self._stop_if_told(trainer)
             self.stop.release()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Let steps finish again."""
+        """Let steps finish again before a signal ends training."""
+        # trainer.validate repeats a probe before training: no step is under way then, and a signal may stop it at once.
         self.stop.deferred = trainer.state.fn == "fit"
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -70,7 +76,7 @@ class Checkpoints(L.Callback):
         self.stop.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Let a signal end what follows at once."""
+        """Let a signal end at once whatever follows the exception."""
         self.stop.deferred = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -78,10 +84,12 @@ class Checkpoints(L.Callback):
         checkpoint[MADE_WITH] = json.dumps(self.made_with)
 
     def _stop_if_told(self, trainer: L.Trainer) -> None:
+        """Raise Stopped where a rank has received a signal."""
         if self.stopping:
             self._save_curves(trainer)
             raise Stopped(self.stopping)
 
     def _save_curves(self, trainer: L.Trainer) -> None:
+        """Write what the loggers hold in memory, because a killed process loses it."""
         for logger in trainer.loggers:
-            logger.save()  # a killed process would take along what it holds
+            logger.save()

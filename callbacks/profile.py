@@ -1,4 +1,4 @@
-"""Where the time of training goes: a trace of a few steps, and one table of all of them."""
+"""Where the time of training goes: a trace of a few steps, and a table of all steps."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, schedule
 from torch.profiler import profile as torch_profiler
 
-from qatlab.cache import atomic
-from qatlab.phases import OTHER, PROBES, PROFILER, START, Actions, Stopwatch
-from qatlab.stopping import Stopped
+from qatlab.core.console import console
+from qatlab.core.files import atomic
+from qatlab.core.signals import Stopped
+from qatlab.training.stopwatch import OTHER, PROBES, PROFILER, START, Actions, Stopwatch
 
-TRACED = 4  # steps in a trace: some megabytes
-SETTLED = 20  # steps before it in a run that has them: kernels are compiled then, and the loader's queues full
-# The rows in their order, and what each is where the name does not say it.
+TRACED = 4  # steps in a trace; a few steps already make a file of several megabytes
+# Steps before the trace, in a run that has so many: the first steps compile kernels and fill the loader's queues.
+SETTLED = 20
+# The rows of the table in their order: {phase: (label, explanation or "")}.
 IN_STEP = {
     "data": ("data", "waiting, copying to the device"),
     "teacher": ("teacher", "and frozen texts"),
@@ -42,29 +43,31 @@ AFTER = {
 
 
 def steps_to_trace(steps: int) -> range:
-    """Return which of ``steps`` steps are traced: few, after a warm-up, and one at least."""
+    """Return which of ``steps`` steps are traced: few, after a warm-up, and at least one."""
+    # A short run is traced around its middle, because its first and last steps differ from the others.
     first = min(SETTLED, max(steps - TRACED, 0) // 2)
-    first = max(first, min(1, steps - 1))  # the tracer wants a step to warm up in
+    first = max(first, min(1, steps - 1))  # torch's tracer warms up in a step of its own, if the run has two
     return range(first, min(first + TRACED, steps))
 
 
 def phase_table(seconds: Mapping[str, float], steps: int, title: str) -> Table:
-    """Return the table of exclusive ``seconds`` by phase over ``steps`` steps; the rows add up to the last."""
+    """Return the table of exclusive ``seconds`` by phase over ``steps`` steps, with their sum in the last row."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("phase")
     for name in ("s", "%", "ms/step"):
         table.add_column(name, justify="right")
     table.add_column("", style="dim")
     total = sum(seconds.values())
-    digits = 2 if total < 1000 else 0
+    digits = 2 if total < 1000 else 0  # hundredths of a second tell nothing in a table of hours
 
     def add(label: str, spent: float, what: str = "") -> None:
         table.add_row(
             label, f"{spent:.{digits}f}", f"{100 * spent / total:.1f}", f"{1000 * spent / max(steps, 1):.1f}", what
         )
 
-    own = {name: (name, "") for name in seconds if name not in {**BEFORE, **IN_STEP, **AFTER}}
-    for name, (label, what) in {**BEFORE, **IN_STEP, **own, **AFTER}.items():
+    # A phase that no table above lists still gets a row, because the rows have to add up to the total.
+    unlisted = {name: (name, "") for name in seconds if name not in {**BEFORE, **IN_STEP, **AFTER}}
+    for name, (label, what) in {**BEFORE, **IN_STEP, **unlisted, **AFTER}.items():
         add(label, seconds.get(name, 0.0), what)
     table.add_section()
     add("total", total)
@@ -74,7 +77,8 @@ def phase_table(seconds: Mapping[str, float], steps: int, title: str) -> Table:
 class Profile(L.Callback):
     """Writes ``<folder>/profile/trace.json.gz`` and prints where the time of ``trainer.fit`` went, on rank zero.
 
-    On CUDA the device is synchronised wherever a phase begins or ends. What is trained stays the same to the last bit.
+    On CUDA the device is synchronised wherever a phase begins or ends. The trained weights stay the same to the last
+    bit.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -92,10 +96,12 @@ class Profile(L.Callback):
             torch.cuda.reset_peak_memory_stats(self.device)
         self.steps = self.images = 0
         self.first_step = 0.0
-        self.traced: range | None = None  # steps of the run, once they are written
+        # The steps in the trace, counted from the first step of the run; None until the trace is written.
+        self.traced: range | None = None
         self.stopwatch = Stopwatch(self._now)
         self.stopwatch.start()
         self.stopwatch.enter(START)
+        # Lightning tells its profiler when an action begins and ends. The replaced profiler is put back at the end.
         self.replaced, trainer.profiler = trainer.profiler, Actions(self.stopwatch)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -103,21 +109,25 @@ class Profile(L.Callback):
         if self.stopwatch is None:
             return
         self.before = trainer.global_step
+        # Steps are counted from where this process begins, so that a run that goes on from a checkpoint is traced too.
         steps = steps_to_trace(trainer.max_steps - self.before)
-        plan = schedule(wait=max(steps.start - 1, 0), warmup=min(steps.start, 1), active=len(steps), repeat=1)
+        tracing = schedule(wait=max(steps.start - 1, 0), warmup=min(steps.start, 1), active=len(steps), repeat=1)
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every start is told on stderr, and no GPU is an error
+        # Kineto, torch's tracer, writes to stderr at every start and
+        # reports a missing GPU as an error; level 99 silences Kineto.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         with self.stopwatch.phase(PROFILER):
-            self.tracer = torch_profiler(activities=kinds, schedule=plan, on_trace_ready=self._write)
+            self.tracer = torch_profiler(activities=kinds, schedule=tracing, on_trace_ready=self._write)
             self.first = steps.start
             self.tracer.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the step; a trace begins and ends between two."""
+        """Count the step; a trace begins and ends between two steps."""
         if self.stopwatch is None:
             return
         self.steps += 1
         self.images += len(batch["images"]) * trainer.world_size
+        # The first step compiles kernels and fills queues, so its time is printed beside the mean of all steps.
         if self.steps == 1:
             self.first_step = sum(s for name, s in self.stopwatch.seconds.items() if name in IN_STEP)
         if self.tracer is not None:
@@ -127,25 +137,26 @@ class Profile(L.Callback):
                 self._end_trace()
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Stop the clock and print; a progress bar that stands before this callback has left the terminal by now."""
+        """Stop the clock and print; the progress bar of a callback before this one is closed by now."""
         if self.stopwatch is not None:
             self._finish(trainer, self.stopwatch, say=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Stop the clock; whoever interrupts a run is told where its time went, a failed run only says why it failed."""
+        """Stop the clock, and print the table if the run was interrupted; a failed run only says why it failed."""
         if self.stopwatch is not None:
             self._finish(trainer, self.stopwatch, say=isinstance(exception, (KeyboardInterrupt, Stopped)))
 
     def _now(self) -> float:
+        """Return the seconds on the clock after the GPU has finished, because kernels run asynchronously."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.clock()
 
     def _end_trace(self) -> None:
-        tracer, self.tracer = self.tracer, None
+        tracer, self.tracer = self.tracer, None  # _finish calls this method too; a tracer may be stopped only once
         if tracer is not None and self.stopwatch is not None:
             with self.stopwatch.phase(PROFILER):
-                tracer.stop()  # writes the steps that it holds
+                tracer.stop()  # this calls _write where training ended within the trace
 
     def _write(self, tracer: torch_profiler) -> None:
         with atomic(self.path) as temporary:
@@ -155,21 +166,20 @@ class Profile(L.Callback):
     def _finish(self, trainer: L.Trainer, stopwatch: Stopwatch, say: bool) -> None:
         self._end_trace()
         stopwatch.stop()
-        self.stopwatch = None
+        self.stopwatch = None  # teardown follows an exception, and the time is printed once
         trainer.profiler = self.replaced  # type: ignore[attr-defined]
         if say and self.steps:
             self._print(dict(stopwatch.seconds), trainer.world_size)
 
     def _print(self, seconds: dict[str, float], ranks: int) -> None:
-        terminal = Console().is_terminal
-        console = Console(width=None if terminal else 160)
+        out = console()
         rank = f", rank 0 of {ranks}" if ranks > 1 else ""
-        console.print(phase_table(seconds, self.steps, f"where the time of training went{rank}"))
+        out.print(phase_table(seconds, self.steps, f"where the time of training went{rank}"))
         for line in self._notes(seconds):
-            console.print(line, highlight=False, soft_wrap=True)
+            out.print(line, highlight=False, soft_wrap=True)
 
     def _notes(self, seconds: Mapping[str, float]) -> list[str]:
-        """Return what is said under the table: throughput, memory, where the trace lies and what opens it."""
+        """Return the lines under the table: throughput, memory, where the trace lies and which program opens it."""
         in_step = sum(seconds.get(name, 0.0) for name in IN_STEP)
         per_second = [f"{self.images / s:.1f}" if s else "0" for s in (in_step, sum(seconds.values()))]
         cuda = self.device.type == "cuda"
@@ -190,7 +200,8 @@ class Profile(L.Callback):
 
 
 def _peak_bytes(device: torch.device) -> int:
+    """Return the largest memory in bytes: of the GPU's tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return high if sys.platform == "darwin" else high * 1024  # macOS counts bytes, Linux KiB
+    return high if sys.platform == "darwin" else high * 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux

@@ -1,4 +1,4 @@
-"""Time left, in lines, where there is no terminal for a bar (a log file, a batch job)."""
+"""Lines with the progress and the time left, where there is no terminal for a bar (a log file, a batch job)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 import lightning as L
 
-FIRST = 3  # batches before the first estimate
-EVERY = 20.0  # seconds between lines
+FIRST = 3  # batches before the first estimate, because the first batch is slow
+EVERY = 20.0  # seconds between lines, so that a job of a day writes some thousand lines and no more
 
 
 class ProgressLines(L.Callback):
     """Prints how far training and each pass are, and the time left: after the first batches, then every 20 seconds."""
 
     def __init__(self, passes: dict[str, int]) -> None:
-        self.passes = passes  # batches of the pass about to run, filled in by whoever starts it
+        self.passes = passes  # {"batches": the length of the pass that is about to run}, set by whoever starts the pass
         self.start = self.last = 0.0
-        self.done = self.before = 0  # in this process, and before it
+        self.done = self.before = 0  # done: batches or steps of this process; before: steps of earlier processes
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start counting a pass; a probe stays silent."""
+        """Start counting the batches of a pass; a probe, which Lightning calls validation, stays silent."""
         self._begin()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -41,10 +41,12 @@ class ProgressLines(L.Callback):
         self.done = self.before = 0
 
     def _tick(self, trainer: L.Trainer, unit: str, total: int) -> None:
+        """Count one of ``total``; print a line on the first process where one is due."""
         self.done += 1
         now = time.monotonic()
         if trainer.is_global_zero and total and (self.done == FIRST or now - self.last > EVERY):
             self.last = now
+            # Only the time of this process counts, because earlier processes may have run on another machine.
             each = (now - self.start) / self.done
             done = self.before + self.done
             print(f"  {done}/{total} {unit}, {each:.2f} s each, {each * (total - done):.0f} s left", flush=True)

@@ -1,35 +1,40 @@
-"""How much of the accuracy hangs on the background: the same classes before their usual and before another background."""
+"""How much of the accuracy depends on the background: the same classes in front of usual and of other backgrounds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qatlab.evaluation import Evaluation, Prediction, Row, Source, View, row
+from qatlab.evaluation.evaluation import Evaluation, Pass, row
+from qatlab.evaluation.prediction import Prediction
 from qatlab.metrics.bootstrap import bootstrap_means
 from qatlab.metrics.paired import Difference, paired_bootstrap
 from qatlab.metrics.resampling import percentile_interval
+from qatlab.results.rowfile import Row
+from qatlab.suites.source import Source, View
 
 CONFUSED = 20
-"""Classes of the easier protocol: the image's own and those most confused with it."""
+"""The number of classes of the easier protocol: the image's own class and the 19 most confused with it."""
+
+PROTOCOLS = ("one_vs_all", "one_vs_20")
 
 _Batch = tuple[Tensor, Tensor]
-_Key = tuple[View, str]  # a view and a protocol
+_Key = tuple[View, str]  # a view and the name of a protocol
 
 
 class Spurious(Evaluation):
-    """One row per view, pair of a common and a counter set, and protocol: accuracies, drop, RSG and added vulnerability.
+    """One row per view, pair of a common and a counter set, and protocol: accuracies, drop, RSG, added vulnerability.
 
     ``one_vs_all`` is measured among all classes of the reference; ``one_vs_20`` among the image's own class and the 19
     to which FP32 (without it: the pass's first view) gives most probability, on average over that class's images of
     both sets. drop = A_common - A_counter, rsg = drop / A_common. With an FP32 view: vulnerability =
-    d_counter - d_common, d = (A_fp32 - A) / A_fp32 the relative loss of each set. Each with its bootstrap interval, the
-    two sets resampled apart, and drop and rsg with their differences from FP32. A probe has no rows. The sets are
-    CounterAnimal's, Wang et al. 2024, whose own 20 classes come from one LAION model; the measures are the paper's.
+    d_counter - d_common, where d = (A_fp32 - A) / A_fp32 is the relative loss on a set. Every metric has a bootstrap
+    interval, with the two sets resampled apart; drop and rsg have differences from FP32. A probe has no rows. Sets and
+    measures are CounterAnimal's (Wang et al. 2024), whose own 20 classes come from one LAION model.
     """
 
     roles = ("common", "counter")
@@ -39,20 +44,31 @@ class Spurious(Evaluation):
         self.seen: dict[tuple[View, Source], list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def update(self, prediction: Prediction) -> None:
-        """Keep one batch of either side."""
+        """Keep one batch of a common or a counter set."""
         if prediction.source.role in self.roles and not self.of.shared:
             for view in prediction.views:
-                # Views of one encoder keep the same tensors.
+                # The views of one encoder share these tensors, so a second view takes no more memory.
                 batch = prediction.index, prediction.cosines, prediction.labels
                 self.seen.setdefault((view, prediction.source), []).append(batch)
 
+    def expected(self, of: Pass, images: Mapping[Source, int]) -> Iterator[tuple[View, Source, str]]:
+        """Yield the row of each view, counter set with a common one, and protocol."""
+        # The rows of a pair carry the name of its counter set.
+        for _, counter in self._pairs(of.sources):
+            for view in of.views:
+                yield from ((view, counter, protocol) for protocol in PROTOCOLS)
+
     def compute(self) -> list[Row]:
         """Return the rows; a counter set without its common one, or the other way round, has none."""
-        return [row for pair in self._pairs() for row in self._rows(*pair)]
+        sources = dict.fromkeys(source for _, source in self.seen)
+        return [row for pair in self._pairs(sources) for row in self._rows(*pair)]
 
     def _rows(self, common: Source, counter: Source) -> Iterator[Row]:
+        """Yield the rows of one pair of sets."""
         hits = self._hits(common, counter)
-        measured = _measured({key: (one.mean(), other.mean()) for key, (one, other) in hits.items()}, self.of.baseline)
+        accuracies = {key: (one.mean(), other.mean()) for key, (one, other) in hits.items()}
+        measured = _measured(accuracies, self.of.baseline)
+        # _measured works on arrays of replicates as well as on numbers.
         replicates = _measured(self._replicates(hits), self.of.baseline) if self.of.resamples else {}
         for (view, protocol), (one, other) in hits.items():
             values = {name: float(value) for name, value in measured[view, protocol].items()}
@@ -61,60 +77,72 @@ class Spurious(Evaluation):
             paired: dict[str, Difference] = {}
             if drawn and view != self.of.baseline and self.of.baseline is not None:
                 before, of_before = measured[self.of.baseline, protocol], replicates[self.of.baseline, protocol]
-                paired = {
-                    name: paired_bootstrap(values[name] - before[name], of_before[name], drawn[name])
-                    for name in ("drop", "rsg")
-                }
+                for name in ("drop", "rsg"):
+                    paired[name] = paired_bootstrap(values[name] - before[name], of_before[name], drawn[name])
             yield row(view, counter, protocol, len(one) + len(other), values, intervals, paired)
 
     def _hits(self, common: Source, counter: Source) -> dict[_Key, list[np.ndarray]]:
         """Return, per view and protocol, whether each image of either side is right."""
-        sides = {view: [self._merged(view, source) for source in (common, counter)] for view in self.of.views}
+        sides: dict[View, list[_Batch]] = {}
+        for view in self.of.views:
+            sides[view] = [self._merged(view, source) for source in (common, counter)]
+        # The first view, which is FP32's where there is one, chooses the 20 classes for all views. With classes of its
+        # own each view would be measured on another task.
         first = self.of.views[0]
         confused = _confused(sides[first], first.logit_scale)
-        return {
-            (view, protocol): [_right(*side, classes) for side in sides[view]]
-            for view in self.of.views
-            for protocol, classes in (("one_vs_all", None), ("one_vs_20", confused))
-        }
+        hits: dict[_Key, list[np.ndarray]] = {}
+        for view in self.of.views:
+            for protocol, classes in zip(PROTOCOLS, (None, confused), strict=True):
+                hits[view, protocol] = [_right(*side, classes) for side in sides[view]]
+        return hits
 
     def _replicates(self, hits: dict[_Key, list[np.ndarray]]) -> dict[_Key, Any]:
-        sides = [
-            bootstrap_means(np.stack(columns, axis=1), resamples=self.of.resamples, side=side)
-            for side, columns in enumerate(zip(*hits.values(), strict=True), 1)
-        ]
-        return {key: [side[:, column] for side in sides] for column, key in enumerate(hits)}
+        """Return, per view and protocol, the accuracies of both sides in every resample, (resamples,) each.
 
-    def _pairs(self) -> Iterator[tuple[Source, Source]]:
-        sources = dict.fromkeys(source for _, source in self.seen)
+        The images of a side are drawn once for all views and protocols, so that these can be paired.
+        """
+        sides = []
+        for side, columns in enumerate(zip(*hits.values(), strict=True), 1):
+            sides.append(bootstrap_means(np.stack(columns, axis=1), resamples=self.of.resamples, side=side))
+        replicates: dict[_Key, Any] = {}
+        for column, key in enumerate(hits):
+            replicates[key] = [side[:, column] for side in sides]
+        return replicates
+
+    def _pairs(self, sources: Iterable[Source]) -> Iterator[tuple[Source, Source]]:
+        """Yield every (common set, counter set) of one ID reference."""
+        sources = list(sources)
         for reference in dict.fromkeys(source.reference for source in sources):
-            # Of several pairs the first sides belong together, the second, and so on.
-            yield from zip(
-                *([s for s in sources if (s.role, s.reference) == (role, reference)] for role in self.roles),
-                strict=False,
-            )
+            of_reference = [source for source in sources if source.reference == reference]
+            common = [source for source in of_reference if source.role == "common"]
+            counter = [source for source in of_reference if source.role == "counter"]
+            # The first common set belongs to the first counter set, the second to the second, and so on.
+            yield from zip(common, counter, strict=False)
 
     def _merged(self, view: View, source: Source) -> _Batch:
+        """Return cosines (N, C) and labels (N,) of a set's images in their order."""
         index, cosines, labels = (torch.cat(parts) for parts in zip(*self.seen[view, source], strict=True))
-        order = index.argsort()  # that of the images, whatever the batches: models are paired on it
+        order = index.argsort()  # the set's own order, because models are compared image by image
         return cosines[order], labels[order]
 
 
 def _confused(sides: list[_Batch], logit_scale: float) -> dict[int, Tensor]:
-    """Return, per class with images, the classes it is told from, (at most 20,)."""
+    """Return {class: its alternatives and itself, (at most 20,)} for every class that has images."""
     cosines, labels = (torch.cat(parts) for parts in zip(*sides, strict=True))
     found = {}
     for label in labels.unique().tolist():
         mean = (cosines[labels == label].double() * logit_scale).softmax(1).mean(0)
-        mean[label] = 2.0  # always among them
-        found[label] = mean.topk(min(CONFUSED, len(mean))).indices.sort().values  # of equal cosines the first wins
+        mean[label] = 2.0  # above every probability: the class itself is always among the 20
+        # Sorted classes make argmax take the smaller class number of two equal cosines, as it does among all classes.
+        found[label] = mean.topk(min(CONFUSED, len(mean))).indices.sort().values
     return found
 
 
 def _right(cosines: Tensor, labels: Tensor, classes: dict[int, Tensor] | None) -> np.ndarray:
-    """Return whether each image's class has the largest cosine, of all ``classes`` or of those it is told from, (N,)."""
+    """Return whether each image's class has the largest cosine, among all classes or ``classes`` of its label, (N,)."""
     if classes is None:
         return (cosines.argmax(1) == labels).cpu().numpy()
+    # All images of a class have the same alternatives, so one comparison serves a whole class.
     right = torch.empty(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         mine = labels == label
@@ -138,6 +166,6 @@ def _measured(accuracies: dict[_Key, Any], baseline: View | None) -> dict[_Key, 
 
 
 def _share(part: Any, whole: Any) -> Any:
-    """Return part / whole, NaN of nothing."""
+    """Return part / whole, or NaN where ``whole`` is 0 and the share is therefore undefined."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(whole > 0, np.divide(part, whole), np.nan)

@@ -11,11 +11,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from qatlab.data.corruptions import EXTRA, MAIN, ORDERS, Corrupt
-from qatlab.data.embedded import EmbeddedSet
-from qatlab.data.transforms import Preprocess
+from qatlab.data.corruptions import ORDERS, TABLES, Corrupt
+from qatlab.data.embedded.sets import EmbeddedSet
+from qatlab.data.preprocess import Preprocess
 
-NAMES = [*MAIN, *EXTRA]
+NAMES = list(TABLES["imagenet_c"])
 SIZE, GAP = 224, 10
 image, _ = EmbeddedSet("id", 6).__getitems__([5])[0]
 preprocess = Preprocess(SIZE, (0.5,) * 3, (0.5,) * 3)

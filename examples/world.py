@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from qatlab.data.embedded import EmbeddedSet
+from qatlab.data.embedded.sets import EmbeddedSet
 
 ROWS = {
     "id": "known shapes",

@@ -9,6 +9,7 @@ python -m qatlab.evaluate suite=paper suite.root=/data suite.check=true        #
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,7 @@ from qatlab import cli
 from qatlab.config import Config
 
 if TYPE_CHECKING:
-    from qatlab.evaluation import View
-    from qatlab.results import Run
-    from qatlab.study import Study
+    from qatlab.results.run import Run
 
 
 def evaluate(config: Config, recipe: str) -> list[Run]:
@@ -27,73 +26,65 @@ def evaluate(config: Config, recipe: str) -> list[Run]:
     With suite.check there is none: what of the suite is there is printed, and the process ends with 2 where not all is.
     """
     # Torch and all are loaded here: --help, tab completion and a mistake in the options answer at once.
-    from qatlab.data.check import check
+    from qatlab.core.signals import StopSignals
     from qatlab.deploy.tower import DeployedTower
-    from qatlab.finished import asked_of
-    from qatlab.report import conclude
-    from qatlab.scoring import Scoring, announce, fill
-    from qatlab.stopping import StopSignals
-    from qatlab.study import Study
-    from qatlab.table_files import check_format
+    from qatlab.reports.files import check_shown
+    from qatlab.results.completed import Took
+    from qatlab.results.stages import FP32
+    from qatlab.stages.experiment import Experiment
+    from qatlab.stages.opening import open_experiment, together
+    from qatlab.stages.reopen import add_exports, reopen
+    from qatlab.stages.requested import requested_runs
+    from qatlab.stages.score import score
+    from qatlab.stages.summary import conclude
+    from qatlab.stages.temperature import refit, refitted
+    from qatlab.suites.check import check
+    from qatlab.suites.source import View
 
-    check_format(config.format)
+    started = time.monotonic()
+    check_shown(config)
     if config.suite.check:
         check(config)
         return []
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
-        studies: list[Study] = []
-        asked = asked_of(config, recipe)
-        towers = [[DeployedTower(folder) for folder in each.exports] for each in asked]
-        for each in asked:
+        requested = requested_runs(config, recipe)
+        # Exports first: one that is damaged, or inexact on this machine, ends the command before a model is loaded.
+        towers: list[list[DeployedTower]] = []
+        for each in requested:
+            towers.append([DeployedTower(folder, trust=config.trust) for folder in each.exports])
+        experiments: list[Experiment] = []
+        for each in requested:
             stack.enter_context(each.run)
             each.run.describe(each.recipe)
-            studies.append(Study(each.config, each.run, each.recipe, stop, studies[0] if studies else None))
-        with studies[0].together():
-            stored = config.checkpoint is not None
-            for study in studies:
-                read_back(study, stored)
-            simulated = [study for study, each in zip(studies, asked, strict=True) if each.simulated]
-            if refits := [scoring for study in simulated if (scoring := study.to_refit())]:
-                fill(refits)  # the calibration images too are decoded once for all of them
-            scorings = []
-            for study, own in zip(studies, towers, strict=True):
-                views = _views(study, stored) if study in simulated else []
-                scorings.append(Scoring(study, [*views, *study.serve(own)]))
-            if left := [scoring for scoring in scorings if scoring.suite.sets]:
-                announce(left)
-                fill(left)
-            for scoring in left:
-                scoring.store()
-            conclude(studies)
-    return [study.run for study in studies]
-
-
-def read_back(study: Study, stored: bool) -> None:
-    """Read the stages of a run."""
-    from qatlab.quantizing import quantize_towers
-
-    if stored:
-        study.require_finished()
-    study.say(study.plan())
-    if "quantized" in study.stages:
-        quantize_towers(study)
-    if study.config.fit.steps:
-        study.train()
-
-
-def _views(study: Study, stored: bool) -> list[View]:
-    """Return what a model is scored under."""
-    from qatlab.evaluation import View
-
-    refitted = study.refit()
-    stage = study.stages[-1] if stored else "fp32"
-    return [View(stage, study.module.logit_scale), *([refitted] if refitted else [])]
+            # A machine starts one group of processes: the runs after the first share it.
+            shares = experiments[0].processes if experiments else None
+            experiments.append(open_experiment(each.config, each.run, each.recipe, stop, shares))
+        with together(experiments):
+            is_stored = config.checkpoint is not None
+            for experiment in experiments:
+                reopen(experiment, finished=is_stored)
+            simulated = [one for one, each in zip(experiments, requested, strict=True) if each.simulated]
+            refit(simulated)  # all at once: the calibration images are then decoded once for all runs
+            work = []
+            for experiment, exports in zip(experiments, towers, strict=True):
+                views: list[View] = []
+                if experiment in simulated:
+                    stage = experiment.stages[-1] if is_stored else FP32
+                    views.append(experiment.view(stage))
+                    if (view := refitted(experiment)) is not None:
+                        views.append(view)
+                work.append((experiment, [*views, *add_exports(experiment, exports)]))
+            score(work)  # all at once here too: each image of the suite is decoded once
+            conclude(experiments)
+            if not is_stored:  # of a stored run only ``fit`` knows that all of its stages are scored
+                experiments[0].run.finish(Took(time.monotonic() - started, experiments[0].work.written))
+    return [experiment.run for experiment in experiments]
 
 
 def main() -> None:
     """Run ``evaluate`` with the options of the command line."""
-    cli.main(evaluate, needs_recipe=False)
+    cli.main(evaluate)
 
 
 if __name__ == "__main__":

@@ -10,25 +10,32 @@ from typing import TYPE_CHECKING
 
 from qatlab import cli
 from qatlab.config import Config
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 
 if TYPE_CHECKING:
-    from qatlab.results import Run
+    from qatlab.results.run import Run
 
 
 def fit(config: Config, recipe: str) -> Run:
     """Return the finished run: every stage computed or read back, its rows, curves and pictures in ``run.folder``."""
     # Torch and all are loaded here: --help, tab completion and a mistake in the options answer at once.
-    from qatlab.evaluation import View
-    from qatlab.quantizing import quantize_towers
-    from qatlab.report import conclude
-    from qatlab.results import Run, Took
-    from qatlab.stopping import StopSignals
-    from qatlab.study import Study
-    from qatlab.table_files import check_format
+    from qatlab.core.signals import StopSignals
+    from qatlab.reports.files import check_shown
+    from qatlab.results.completed import Took
+    from qatlab.results.run import Run
+    from qatlab.results.stages import FP32, QUANTIZED
+    from qatlab.stages.loggers import check_loggers
+    from qatlab.stages.opening import open_experiment, together
+    from qatlab.stages.outline import outline
+    from qatlab.stages.quantize import quantize_towers
+    from qatlab.stages.score import score
+    from qatlab.stages.summary import conclude, suggest
+    from qatlab.stages.temperature import refit, refitted
+    from qatlab.stages.train import train
 
     started = time.monotonic()
-    check_format(config.format)
+    check_shown(config)
+    check_loggers(config)
     if config.checkpoint is not None:
         raise UserError(
             f"checkpoint={config.checkpoint} names a run to score, with qatlab.evaluate; weights to start from are "
@@ -36,24 +43,29 @@ def fit(config: Config, recipe: str) -> Run:
         )
     with Run(config, recipe) as run, StopSignals() as stop:
         run.describe(recipe)
-        study = Study(config, run, recipe, stop)
-        with study.together():
-            study.say(study.plan())
-            last = study.stages[-1]
-
-            if "fp32" in study.stages and last != "fp32":
-                study.score([View("fp32", study.module.logit_scale)])
-            if "quantized" in study.stages:
-                quantize_towers(study)
-                if last != "quantized":
-                    study.score([View("quantized", study.module.logit_scale)])
+        experiment = open_experiment(config, run, recipe, stop)
+        stages = experiment.stages
+        with together([experiment]):
+            experiment.processes.say(outline(experiment))
+            # Each stage but the last is scored before the next one changes the towers; the last waits for the refit, so that
+            # both of its scales are scored in one pass.
+            if FP32 in stages[:-1]:
+                score([(experiment, [experiment.view(FP32)])])
+            if QUANTIZED in stages:
+                quantize_towers(experiment)
+                if stages[-1] != QUANTIZED:
+                    score([(experiment, [experiment.view(QUANTIZED)])])
             if config.fit.steps:
-                study.train()
-            refitted = study.refit()
-            views = [View(last, study.module.logit_scale), *([refitted] if refitted else [])]
-            study.score(views)
-            conclude([study])
-            run.finish(Took(time.monotonic() - started, study.took.written))
+                train(experiment)
+            refit([experiment])
+            views = [experiment.view(stages[-1])]
+            if (view := refitted(experiment)) is not None:
+                views.append(view)
+            score([(experiment, views)])
+            conclude([experiment])
+            suggest(experiment)
+            # Behind everything else: a sweep counts a run as finished by what this writes.
+            run.finish(Took(time.monotonic() - started, experiment.work.written))
     return run
 
 

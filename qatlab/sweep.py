@@ -14,13 +14,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qatlab.cli import CONFIG_DIR, config_dir, is_override, told
-from qatlab.errors import UserError, nearest
+from qatlab.cli import CONFIG_DIR, complete, config_dir_of, errors_as_sentences, is_override
+from qatlab.config import recipe_files
+from qatlab.config.completion import Line, asks_for_completion, script, typed_line
+from qatlab.config.heeded import key_of, unheeded, without_effect
+from qatlab.config.help import first_line
+from qatlab.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from qatlab.sweeps.grid import Cell
     from qatlab.sweeps.state import State
 
 WORDS = ("plan", "run", "submit", "retry")
@@ -29,10 +36,14 @@ WORDS = ("plan", "run", "submit", "retry")
 def main() -> None:
     """Do what the first word asks, and exit with 2 where a run has failed."""
     arguments = sys.argv[1:]
-    own = config_dir(arguments)
-    with told(own):
+    # Mistakes are explained with the user's own recipes in view, which --config-dir names.
+    config_dir = config_dir_of(arguments)
+    with errors_as_sentences(config_dir):
         if not arguments or {"--help", "-h"} & set(arguments):
             print(_help())
+            return
+        if asks_for_completion(arguments):
+            _complete(arguments, typed_line())
             return
         word, *rest = arguments
         if word not in WORDS:
@@ -41,10 +52,27 @@ def main() -> None:
         sys.exit(_do(word, name, given, jobs, slurm))
 
 
+def _complete(arguments: list[str], line: Line) -> None:
+    """Print what may complete ``line``, one a line: the first word, what a sweep takes, and what goes to every run."""
+    # ``script`` is None where Tab was pressed, else the text that installs completion in a shell.
+    if script(arguments) is None:
+        if not line.words:
+            print("\n".join(WORDS))
+            return
+        if line.word.startswith("sweep="):
+            print("\n".join(f"sweep={name}" for name in recipe_files("sweep", config_dir_of(line.words))))
+            return
+        print("\n".join(f"{option}=" for option in ("sweep", "jobs", "slurm")))
+    # What is left on the line goes to qatlab.fit, whose completion knows it; the first word is the sweep's own.
+    of_runs = [word for word in line.words if not word.startswith(("sweep=", "jobs=", "slurm="))]
+    complete(arguments, replace(line, words=of_runs[1:]))
+
+
 def _read(word: str, arguments: list[str]) -> tuple[str, int, list[str] | None, list[str]]:
     """Return the sweep's name, the jobs at a time, sbatch's options where some are given, and what goes to every run."""
     options = {"sweep": "", "jobs": "1"}
     slurm, given = None, []
+    # With each word the one before it: "--config-dir FOLDER" are two words.
     for before, argument in zip(["", *arguments], arguments, strict=False):
         key, equals, value = argument.partition("=")
         if equals and key in options:
@@ -69,6 +97,7 @@ def _read(word: str, arguments: list[str]) -> tuple[str, int, list[str] | None, 
 
 
 def _do(word: str, name: str, given: list[str], jobs: int, slurm: list[str] | None) -> int:
+    """Do what ``word`` asks with a sweep; return the exit code."""
     from qatlab.sweeps import local
     from qatlab.sweeps.grid import cells_of
     from qatlab.sweeps.slurm import submit
@@ -76,13 +105,18 @@ def _do(word: str, name: str, given: list[str], jobs: int, slurm: list[str] | No
 
     if word == "run" and slurm is not None:
         raise UserError("slurm= goes to sbatch: `submit` the sweep with it, or `run` it here without.")
-    own = config_dir(sys.argv[1:])
-    cells = cells_of(name, given, own)
+    config_dir = config_dir_of(sys.argv[1:])
+    cells = cells_of(name, given, config_dir)
+    if told := _without_effect(cells, given):
+        print(told)
     states = [state_of(cell) for cell in cells]
     kinds = ("failed",) if word == "retry" else LEFT
-    taken = (*kinds, "running") if word == "run" else kinds  # one that another process has is waited for
+    # `run` waits for a run that another process has, and starts it itself where that process leaves it unfinished.
+    taken = (*kinds, "running") if word == "run" else kinds
     chosen = [cell for cell, state in zip(cells, states, strict=True) if state.kind in taken]
     impossible = [state.why for state in states if state.kind == "impossible"]
+    # A product of methods and bits may have cells that cannot be built, beside others that can. Where none can, an option
+    # is wrong.
     if len(impossible) == len(cells):
         raise UserError(impossible[0])
     if word == "plan":
@@ -93,15 +127,33 @@ def _do(word: str, name: str, given: list[str], jobs: int, slurm: list[str] | No
     if not chosen:
         print("nothing to retry: no run failed" if word == "retry" else "nothing left to run")
     elif word == "submit" or slurm is not None:
-        print(f"submitted {len(chosen)} runs as job {submit(chosen, name, jobs, slurm or [], own)}")
+        print(f"submitted {len(chosen)} runs as job {submit(chosen, name, jobs, slurm or [], config_dir)}")
     else:
-        local.run(chosen, kinds, jobs, own, local.gpus())
+        local.run(chosen, kinds, jobs, config_dir, local.gpus())
+        # Looked at again: the table shows what came of the runs.
         states = [state_of(cell) for cell in cells]
         show(cells, states, jobs)
     return _code(states)
 
 
+def _without_effect(cells: Sequence[Cell], given: Sequence[str]) -> str:
+    """Return a line on what is given to all runs and changes nothing in some; "" where there is nothing of the kind."""
+    keys = {key_of(argument) for argument in given}
+    runs: Counter[str] = Counter()
+    reasons: dict[str, str] = {}
+    for cell in cells:
+        if cell.run is not None:
+            mine = [argument for argument in cell.overrides if key_of(argument) in keys]
+            vain = without_effect(cell.config, mine)
+            reasons |= {key_of(argument): why for argument, why in vain.items()}
+            runs.update({key_of(argument) for argument in vain})
+    told = [f"{key} in {count} of {len(cells)} runs ({reasons[key]})" for key, count in runs.items()]
+    told += list(unheeded("fit", given))
+    return f"without effect: {'; '.join(told)}" if told else ""
+
+
 def _code(states: Sequence[State]) -> int:
+    """Return the exit code: 2 where a run has failed or cannot be built."""
     return 2 if any(state.kind in ("failed", "impossible") for state in states) else 0
 
 
@@ -111,10 +163,7 @@ def _help() -> str:
 
 
 def _sweeps() -> str:
-    from qatlab.config import recipe_files
-    from qatlab.usage import first_line
-
-    files = recipe_files("sweep", config_dir(sys.argv[1:]))
+    files = recipe_files("sweep", config_dir_of(sys.argv[1:]))
     return "\n".join(f"  {name:22} {first_line(path)}" for name, path in files.items())
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -17,10 +18,12 @@ from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 
 from qatlab import cli
-from qatlab.config import GROUPS, Config, recipe_files
-from qatlab.errors import UserError
-from qatlab.stopping import Stopped
-from qatlab.usage import help_text, known_keys, option_sentences
+from qatlab.config import ENTRIES, GROUPS, Config, recipe_files
+from qatlab.config.heeded import PROGRAMS, heeds
+from qatlab.config.help import help_text, known_keys, option_hints, option_sentences
+from qatlab.core.domains import words
+from qatlab.core.errors import UserError
+from qatlab.core.signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 LIGHT = "recipe=light_qat"
@@ -53,16 +56,17 @@ Command = Callable[..., Outcome]
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path) -> Command:
-    """``command(*arguments, task=..., needs_recipe=True)``: qatlab.fit's command line in this process."""
+    """``command(*arguments, task=..., program="fit")``: a program's command line in this process."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this takes it back
+    monkeypatch.delenv("QATLAB_IN_SWEEP")  # set for all tests
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str, task: Any = None, needs_recipe: bool = True) -> Outcome:
+    def run(*arguments: str, task: Any = None, program: str = "fit") -> Outcome:
         calls: list[tuple[str, Config]] = []
-        monkeypatch.setattr(sys, "argv", ["qatlab/fit.py", *arguments])
+        monkeypatch.setattr(sys, "argv", [f"qatlab/{program}.py", *arguments])
         code = 0
         try:
-            cli.main(task or (lambda config, recipe: calls.append((recipe, config))), needs_recipe)
+            cli.main(task or (lambda config, recipe: calls.append((recipe, config))))
         except SystemExit as end:
             code = end.code
         return Outcome(code, *capsys.readouterr(), calls)
@@ -106,13 +110,13 @@ MISTAKES = {
     f"{LIGHT} quant.weights.bits=4": ["quant.weights.bits is not an option (did you mean 'quant.weight.bits'?)"],
     f"{LIGHT} +quant.weight.bitz=4": ["(did you mean 'quant.weight.bits'?)", "qatlab.quant.MinMax takes"],
     f"{LIGHT} quant.weight.init=mse": ["quant.weight.init is not an option of the choice made here"],
-    f"{LIGHT} quant.weight.bits=four": ["quant.weight.bits is 'four': it takes a whole number"],
-    f"{LIGHT} quant.weight.bits=null": ["quant.weight.bits is None: it takes a whole number"],
-    f"{LIGHT} quant.weight.per_channel=maybe": ["quant.weight.per_channel is 'maybe': it takes true or false"],
+    f"{LIGHT} quant.weight.bits=four": ["quant.weight.bits=four: it takes a whole number from 2 to 8"],
+    f"{LIGHT} quant.weight.bits=null": ["quant.weight.bits=null: it takes a whole number from 2 to 8"],
+    f"{LIGHT} quant.weight.per_channel=maybe": ["quant.weight.per_channel=maybe: it takes true or false"],
     f"{LIGHT} quant.weight._target_=qatlab.quant.LSQQ": ["qatlab.quant.LSQQ cannot be imported", "mean 'LSQ'"],
     f"{LIGHT} quant.weight._target_=qatlabb.LSQ": ["qatlabb.LSQ cannot be imported", "No module named 'qatlabb'"],
-    f"{LIGHT} quant.weight=4": ["quant.weight is 4: it takes a block with a _target_"],
-    f"{LIGHT} ~data": ["data is None: it takes a block with a _target_"],
+    f"{LIGHT} quant.weight=4": ["quant.weight=4: it takes a block with a _target_"],
+    f"{LIGHT} ~data": ["data=null: it takes a block with a _target_"],
     f"{LIGHT} ~data.samples": ["data.samples is missing"],
     f"{LIGHT} data.samplez=3": ["data.samplez is not an option (did you mean 'data.samples'?)"],
     f"{LIGHT} quant.rules={{a:null}}": ["quant.rules is added to with a plus", "+quant.rules={"],
@@ -120,7 +124,11 @@ MISTAKES = {
     f"{LIGHT} callbacks.ood.score=[msp]": ["(did you mean 'callbacks.ood.scores'?)"],
     f"{LIGHT} +callbacks.ood.score=[msp]": ["(did you mean 'callbacks.ood.scores'?)", "qatlab.callbacks.OOD takes"],
     f"{LIGHT} suite.sets.id.rol=id": ["suite.sets.id.rol is not an option (did you mean 'suite.sets.id.role'?)"],
-    f"{LIGHT} +suite.sets.mine.role=id": ["suite.sets.mine.role is not in the suite", "--config-dir FOLDER suite=mine"],
+    f"{LIGHT} +suite.sets.mine.role=id": ["suite.sets.mine has no path", "+suite.sets.mine={path: FOLDER, role: id}"],
+    f"{LIGHT} suite.sets.idd.pick=1": ["suite.sets.idd has no path and no role (did you mean 'id'?)"],
+    f"{LIGHT} +suite.sets.my-own={{path:a,rol:id}}": ["suite.sets.my-own.rol is not an option (did you mean "],
+    f"{LIGHT} +suite.sets.my-own={{path:a,role:id,images:x}}": ["suite.sets.my-own.images=x: it takes a whole number"],
+    f"{LIGHT} +suite.sets.mine=photos": ["suite.sets.mine is 'photos': a set needs a path and a role"],
     f"{LIGHT} fit.steps=many": ["fit.steps=many: it takes a whole number"],
     f"{LIGHT} fit.steps=null": ["fit.steps=null: it takes a whole number"],
     f"{LIGHT} fit.steps=": ["fit.steps=: it takes a whole number"],
@@ -129,14 +137,38 @@ MISTAKES = {
     f"{LIGHT} seed=1.5": ["seed=1.5: it takes a whole number"],
     f"{LIGHT} fit.lr=slow": ["fit.lr=slow: it takes a number"],
     f"{LIGHT} force=maybe": ["force=maybe: it takes true or false"],
-    f"{LIGHT} fit.grad_clip=x": ["fit.grad_clip=x: it takes a number or null"],
-    f"{LIGHT} wandb=off": ["wandb=off: it takes options of its own (mode, project, entity, group)"],
+    f"{LIGHT} fit.grad_clip=x": ["fit.grad_clip=x: it takes a number from 0 on or null"],
+    f"{LIGHT} wandb=off": ["wandb=off: it takes options of its own (mode, project, entity, group, name, notes, tags)"],
     f"{LIGHT} fit.steps": ["fit.steps has no value", "name=value"],
     f"{LIGHT} wandb.project=a(b": ["could not read wandb.project=a(b", "\"wandb.project='a(b'\""],
+    f"{LIGHT} fit.steps=2,3": ["fit.steps=2,3: a comma separates several values; add -m to run them"],
+    f"{LIGHT} output=a,b": ["output=a,b: a comma separates several values", "\"output='a,b'\""],
+    f"{LIGHT} model.checkpoint=w/x,y.pt": ["quote it for the shell and for Hydra, \"model.checkpoint='w/x,y.pt'\""],
+    f"{LIGHT} suite.probe_sets=id,noise": ['a list is written "suite.probe_sets=[id,noise]"'],
+    f"{LIGHT} output=my folder": ["folder has no value", "\"name='a b'\""],
+    f"{LIGHT} output=a[b": ["\"output='a[b'\""],
+    f"{LIGHT} output=~/x": ["\"output='~/x'\""],
+    f"{LIGHT} fit.lr=nan": ["fit.lr=nan: it takes a number from 0 to 1."],
+    f"{LIGHT} fit.batch_size=1e30": ["fit.batch_size=1e30: it takes a whole number from 1 on."],
+    f"{LIGHT} fit.steps=[1]": ["fit.steps=[1]: it takes a whole number from 0 on."],
+    f"{LIGHT} output=": ["output=: it takes a path."],
+    f"{LIGHT} fit.schedule=cosin": [
+        "fit.schedule=cosin is unknown (did you mean 'cosine'?); there are constant, cosine."
+    ],
+    f"{LIGHT} callbacks.refits.kinds=temperature": ["it takes a list of one or more, each temperature | vector"],
+    f"{LIGHT} data.samples=0": ["data.samples=0: it takes a whole number from 1 on."],
     f"{LIGHT} --fit.steps=3": ["--fit.steps=3 is not known: options have no dashes, fit.steps=3"],
     f"{LIGHT} --config-dir nowhere": ["nowhere", "not found"],
     f"{LIGHT} data=cc3m data.shards={SHARDS}": ["could not read data.shards", f"\"data.shards='{SHARDS}'\""],
 }
+
+
+def test_a_command_without_a_word_lists_the_recipes(command):
+    outcome = command()
+    assert outcome.code == 2
+    assert outcome.err.startswith(
+        "qatlab: no recipe given; run `python -m qatlab.fit recipe=<name>` with one of\n  fp32"
+    )
 
 
 @pytest.mark.parametrize("line", MISTAKES)
@@ -180,9 +212,19 @@ FILES = {
     "base": ("defaults: [light_qatt]", ["recipe=light_qatt is unknown (did you mean 'light_qat'?)", "mine"]),
     "choice": ("defaults: [override /quant/weight: lsqq]", ["quant/weight=lsqq is unknown (did you mean 'lsq'?)"]),
     "group": ("defaults: [override /quant/wieght: lsq]", ["quant/wieght is not an option", "'quant/weight'"]),
+    "group twice": ("defaults: [light_qat, /optim: paper]", ["mine.yaml: optim has", "'- override /optim: <choice>'"]),
+    "no group": (
+        "defaults: [light_qat, /quant: weight]",
+        ["recipe/mine.yaml: quant is no group", "there are recipe, mod"],
+    ),
+    "group without a slash": ("defaults: [light_qat, optim: paper]", ["recipe/mine.yaml: recipe/optim is", "/optim."]),
+    "override without a slash": (
+        "defaults: [ptq, override quant/act: lsq]",
+        ["recipe/mine.yaml: recipe/quant", "/quant/act."],
+    ),
     "block": ("quant: {weight: {bitz: 4}}", ["quant.weight.bitz is not an option (did you mean 'quant.weight.bits'?)"]),
-    "block value": ("quant: {weight: {bits: four}}", ["quant.weight.bits is 'four': it takes a whole number"]),
-    "block null": ("quant: {act: {bits: null}}", ["quant.act.bits is None: it takes a whole number"]),
+    "block value": ("quant: {weight: {bits: four}}", ["quant.weight.bits=four: it takes a whole number from 2 to 8"]),
+    "block null": ("quant: {act: {bits: null}}", ["quant.act.bits=null: it takes a whole number from 2 to 8"]),
     "type": ("fit: {steps: many}", ["fit.steps=many: it takes a whole number"]),
     "null": ("fit: {steps: null}", ["fit.steps=null: it takes a whole number"]),
     "bool": ("force: 3x", ["force=3x: it takes true or false"]),
@@ -219,11 +261,18 @@ def test_own_choices_are_known_to_help_and_to_the_next_mistake(command, own):
     folder = own("recipe/mine.yaml", GLOBAL + "# Eight words.\n")
     own("quant/weight/mine4.yaml", "_target_: qatlab.quant.LSQ\nbits: 4\nflavour: 1\n")
     helped = command(folder, "--help").out
-    assert re.search(r"^  mine +Eight words\.$", helped, re.MULTILINE)
+    assert re.search(r"^  recipe=mine\n      Eight words\.$", helped, re.MULTILINE)
     assert "quant/weight=mine4" in helped
     command(folder, "recipe=minee").mistake("(did you mean 'mine'?)")
     command(folder, LIGHT, "quant/weight=mine").mistake("(did you mean 'mine4'?)")
     command(folder, LIGHT, "quant.weight.flavor=2").mistake("(did you mean 'quant.weight.flavour'?)")
+
+
+def test_training_f7_a_folder_of_choices_may_lie_in_the_home(command, own, monkeypatch, tmp_path):
+    own("recipe/mine.yaml", GLOBAL + "# Mine.\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for arguments in ["--config-dir=~/my"], ["--config-dir", "~/my"]:
+        assert command(*arguments, "recipe=mine").calls[0][0] == "mine"
 
 
 # -- what works ----------------------------------------------------------------------------------------------------------
@@ -240,7 +289,7 @@ def test_the_task_gets_the_options_and_nothing_is_written(command, tmp_path):
 
 
 def test_evaluate_needs_no_recipe(command):
-    [(recipe, config)] = command("model=vit_b16_openai", needs_recipe=False).calls
+    [(recipe, config)] = command("model=vit_b16_openai", program="evaluate").calls
     assert (recipe, config.model.name) == ("evaluate", "ViT-B-16")
 
 
@@ -394,9 +443,8 @@ def dotted_fields(kind: Any, prefix: str = "") -> list[str]:
             names += dotted_fields(hint, f"{prefix}{entry.name}.")
         elif prefix or entry.name not in ("defaults", "hydra", "data"):
             names.append(f"{prefix}{entry.name}")
-            names += [
-                n for kind in get_args(hint) if is_dataclass(kind) for n in dotted_fields(kind, f"{names[-1]}.<name>.")
-            ]
+            if names[-1] in ENTRIES:
+                names += dotted_fields(ENTRIES[names[-1]], f"{names[-1]}.<name>.")
     return names
 
 
@@ -413,21 +461,53 @@ def test_every_option_has_a_sentence():
 def test_help_names_every_recipe_group_choice_and_option(command, flag):
     outcome = command(LIGHT, flag)
     assert (outcome.code, outcome.calls, outcome.err) == (0, [], "")
-    lines = [line.split() for line in outcome.out.splitlines() if line.strip()]
-    firsts = {words[0] for words in lines}
-    assert firsts >= {*recipe_files(), *(f"{group}=" for group in GROUPS), *dotted_fields(Config)}
+    lines = [line for line in outcome.out.splitlines() if line.strip()]
+    heads = {line.split()[0].split("=")[0] for line in lines if line.startswith("  ")}
+    assert heads >= {option for option in dotted_fields(Config) if heeds("fit", option)}
+    assert {f"  recipe={name}" for name in recipe_files()} <= {*lines}
+    told = " ".join(outcome.out.split())
     for group in GROUPS:
-        [shown] = [words[1:] for words in lines if words[0] == f"{group}="]
-        assert [word for word in shown if word != "|"] == list(recipe_files(group))
-    assert "quant.weight.{bits=8 per_channel=true init=absmax log_scale=${optim.log_scale}}" in outcome.out
+        assert f"{group}= {' | '.join(recipe_files(group))} " in told
+    assert "quant.weight.{bits=8, per_channel=true, init=absmax, log_scale=${optim.log_scale}}" in told
     assert f"\"data.shards='{SHARDS}'\"" in outcome.out
     assert outcome.out.startswith("usage: python -m qatlab.fit recipe=<name> ")
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_using_help_shows_what_the_program_heeds_at_80_columns(program):
+    text = help_text(program)
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    heads = set(re.findall(r"^  (\S+?)=", text, re.MULTILINE))
+    told = " ".join(text.split())
+    for option, hint in option_hints():
+        assert (option in heads) == heeds(program, option)
+        assert f"({words(hint)}) " in told or option not in heads
+    assert ("fit.lr" in heads, "bench.threads" in heads) == (program == "fit", program == "bench")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_section_of_the_help_shows_it_alone_and_what_its_blocks_take(program):
+    for section in re.search(r"SECTION, of ([^:]*?)\n[a-z]", help_text(program), re.DOTALL)[1].split(","):
+        text = help_text(program, section=section.strip())
+        assert text.startswith(f"{section.strip()}: ")
+        assert [line for line in text.splitlines() if line[:1].strip()] == [text.splitlines()[0]]
+        assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def test_the_section_of_blocks_shows_every_domain(command):
+    lines = [line.strip() for line in command("--help", "quant").out.splitlines()]
+    assert "quant.weight.bits=8 (a whole number from 2 to 8)" in lines
+    assert "+quant.weight.percentile=99.99 (a number above 50, at most 100)" in lines
+    assert "quant.plan.sensitivity=measured (measured | gradient)" in lines
+
+
+def test_an_unknown_section_is_a_sentence(command):
+    command("--help", "qant").mistake("--help qant", "did you mean 'quant'?")
+    command("--help", "quant", program="bench").mistake("there are bench, run")
+
+
 def test_the_help_of_evaluate_shows_that_it_takes_a_checkpoint():
-    assert help_text("python -m qatlab.evaluate", needs_recipe=False).startswith(
-        "usage: python -m qatlab.evaluate [checkpoint=runs/<id>]"
-    )
+    assert help_text("evaluate").startswith("usage: python -m qatlab.evaluate [checkpoint=runs/<id>]")
 
 
 def test_the_known_keys_hold_options_of_blocks_and_callbacks():
@@ -482,16 +562,86 @@ def test_a_pattern_quoted_once_shows_the_quoted_form(bash):
     Outcome(ended.returncode, ended.stdout, ended.stderr).mistake(f"\"data.shards='{SHARDS}'\"")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    ["recipe=ptq", "quant.weight.bits=4", "checkpoint=runs/a model=tiny", "checkpoint=runs/a data.name=b"],
-)
-def test_an_evaluation_refuses_what_it_would_not_heed(monkeypatch, capsys, arguments):
-    monkeypatch.setattr("sys.argv", ["qatlab/evaluate.py", *arguments.split(), "suite.images=8"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main(lambda config, recipe: None, needs_recipe=False)
-    assert ended.value.code == 2
-    assert "`python -m qatlab.evaluate` takes" in capsys.readouterr().err
+# -- what has no effect ---------------------------------------------------------------------------------------------------
+
+UNHEEDED = {
+    "evaluate recipe=ptq": "it is for `python -m qatlab.fit`",
+    "evaluate quant.weight.bits=4": "it is for `python -m qatlab.fit`",
+    "evaluate quant/act=lsq": "it is for `python -m qatlab.fit`",
+    "evaluate fit.lr=1": "it is for `python -m qatlab.fit`",
+    "evaluate checkpoint=runs/a model=tiny": "the run in checkpoint= has its own model",
+    "evaluate checkpoint=runs/a data.name=b": "the run in checkpoint= has its own data.name",
+    "evaluate bench.rounds=3": "it is for `python -m qatlab.bench`",
+    "export checkpoint=runs/a seed=3": "it is for `python -m qatlab.fit` and `python -m qatlab.evaluate`",
+    "bench checkpoint=runs/a suite.images=8": "it is for `python -m qatlab.fit`",
+    "fit recipe=ptq suite.check=true": "it is for `python -m qatlab.evaluate`",
+    "fit recipe=ptq checkpoint=runs/a": "weights to start from are model.checkpoint=",
+}
+VAIN = {
+    "recipe=ptq fit.lr=1e-5": "fit.lr=1e-5 has no effect: fit.steps=0 trains nothing",
+    "recipe=ptq optim.betas=[0,0.9]": "fit.steps=0 trains nothing",
+    "recipe=ptq objective.kl=1": "fit.steps=0 trains nothing",
+    "recipe=ptq suite.probe_images=8": "no probe is taken",
+    "recipe=light_qat fit.eval_every=0 suite.probe_images=8": "no probe is taken",
+    "recipe=fp32 quant.patch_conv=true": "nothing is quantized",
+    "recipe=fp32 quant/rewrite=smoothquant": "nothing is quantized",
+    "recipe=fp32 +quant.rules={a: null}": "nothing is quantized",
+    "recipe=ptq model.pretrained=foo": "the embedded model",
+    "recipe=ptq suite.root=/nonexistent": "all sets of this suite are rendered",
+    "recipe=ptq suite=cifar10 suite.images=3": "it is about rendered sets",
+    "recipe=ptq callbacks={}": "an empty one changes nothing",
+    "recipe=ptq suite.sets={}": "an empty one changes nothing",
+    "recipe=ptq hydra.run.dir=/x": "output= says where",
+    "recipe=ptq suite.negatives=imagenet1k": "no score that is asked for (callbacks.ood.scores) reads it",
+    "recipe=ptq callbacks.ood.scores=[msp] callbacks.ood.mcm_temperature=2": "no score that is asked for",
+    "recipe=pretrain_tiny model.checkpoint=a.pt": "random weights",
+}
+
+
+@pytest.mark.parametrize("line", UNHEEDED)
+def test_an_option_that_the_program_does_not_heed_is_refused(command, line):
+    program, *arguments = line.split()
+    command(*arguments, program=program).mistake(arguments[-1], "has no effect", UNHEEDED[line])
+
+
+@pytest.mark.parametrize("line", VAIN)
+def test_an_option_without_effect_in_the_run_is_refused(command, line):
+    command(*re.split(r" (?!null)", line)).mistake("has no effect", VAIN[line], "leave it out")
+
+
+def test_what_a_recipe_holds_is_never_refused(command, own):
+    folder = own("recipe/mine.yaml", GLOBAL + "defaults: [ptq, _self_]\nfit: {lr: 1.0e-5}\nsuite: {root: /nowhere}\n")
+    assert command(folder, "recipe=mine").code == 0
+
+
+def test_what_has_an_effect_is_taken(command):
+    for line in (
+        "recipe=ptq fit.workers=0 fit.steps=1",
+        "recipe=ptq callbacks.ood.scores=all suite.negatives=imagenet1k",
+        "recipe=ptq ~quant/act",
+        "recipe=ptq fit.steps=2 fit.lr=1e-5",
+        "recipe=fp32 callbacks.temperature.source=proxy quant.calibration_images=8",
+    ):
+        assert command(*line.split()).err == ""
+    assert command("suite.images=8", "fit.workers=0", program="evaluate").err == ""
+
+
+def test_in_a_sweep_what_has_no_effect_is_told(command, monkeypatch):
+    outcome = command("-m", "recipe=ptq,light_qat", "fit.lr=1e-5")
+    assert (outcome.code, len(outcome.calls)) == (0, 2)
+    assert (
+        outcome.err == "qatlab: without effect in recipe=ptq fit.lr=1e-05: fit.lr=1e-05 (fit.steps=0 trains nothing)\n"
+    )
+    monkeypatch.setenv("QATLAB_IN_SWEEP", "1")
+    assert command("recipe=ptq", "fit.lr=1e-5").err == ""
+
+
+def test_no_command_of_the_readme_holds_an_option_without_effect(command):
+    for line in readme_commands():
+        if found := re.match(r"python -m qatlab\.(fit|evaluate|export|bench) (.*?)(?: #.*)?$", line):
+            program, arguments = found[1], shlex.split(found[2])
+            if not any("/" in argument for argument in arguments if argument.startswith("--config-dir")):
+                assert "has no effect" not in command(*arguments, program=program).err, line
 
 
 @pytest.mark.parametrize("program", ["fit", "evaluate"])

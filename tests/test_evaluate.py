@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from qatlab import zeroshot
+from qatlab import results
 from qatlab.config import Config, SetConfig, compose
-from qatlab.data.embedded import EmbeddedSet
-from qatlab.embedding import Encoder
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.core.files import FEATURES
+from qatlab.data.embedded.sets import EmbeddedSet
 from qatlab.evaluate import evaluate
-from qatlab.results import Run, read_rows
-from qatlab.scoring import Scoring
-from qatlab.table import table_lines
+from qatlab.evaluation.embedding import Encoder
+from qatlab.models import zeroshot
+from qatlab.reports.table import table_lines
+from qatlab.results.rows import read_rows
+from qatlab.results.run import Run
+from qatlab.stages.score import Scoring
 
 IMAGES = 32
 SETS = ("id", "calibration", "noise", "near_ood")
@@ -389,6 +396,35 @@ def test_a_missing_set_ends_it_or_is_left_out_by_name(
     assert counted(said) == ["images decoded 24, embedded 24 (24 by encoder); text tower calls 1"]
 
 
+def test_data_w1_rows_by_names_and_sizes_stay_and_those_by_content_are_added_once(
+    evaluated: Evaluate, trees: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, sets = [*trees["options"], "callbacks.temperature=null"], trees["sets"]
+    (run,) = evaluated(*options, sets=sets)
+    told = "sets are known by the content of their images now"
+    assert told not in capsys.readouterr().out
+    new = run.rows()
+    assert {row["definition_version"] for row in new} == {2}
+    # As an earlier release left it: other definitions, and no word of how they were made.
+    old = [row | {"definition": f"old {row['definition']}"} for row in new]
+    for row in old:
+        del row["definition_version"]
+    run.results.write_text("".join(f"{json.dumps(row)}\n" for row in old))
+    assert results.read(tmp_path / "runs").shape[0] == len(old)  # shown where there is nothing newer
+    evaluated(*options, sets=sets)
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if told in line] == [f"  {told}: rows are added once of shapes, noise"]
+    rows = run.rows()
+    assert rows[: len(old)] == old
+    assert by_name(rows[len(old) :]) == by_name(new)
+    evaluated(*options, sets=sets)
+    assert told not in capsys.readouterr().out
+    assert run.rows() == rows
+    shown = results.read(tmp_path / "runs")
+    assert shown["definition_version"].to_list() == [2] * len(new)
+    assert results.read(tmp_path / "runs", every=True).shape[0] == len(old) + len(new)
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -408,24 +444,71 @@ def test_every_number_is_in_the_file(evaluated: Evaluate, form: str, capsys: pyt
             assert line[f"{name}_p"] == pytest.approx(difference["p_value"])
 
 
-@pytest.mark.parametrize("form", ["latex", "markdown"])
-def test_the_table_is_in_the_file(evaluated: Evaluate, form: str) -> None:
-    (run,) = evaluated(f"format={form}", *QUICK)
-    text = (run.folder / f"table.{'tex' if form == 'latex' else 'md'}").read_text()
-    columns, lines = table_lines(run.rows())
-    if form == "latex":
-        assert text.startswith(r"\begin{tabular}")
-        cells = [line.removesuffix(r"\\").split("&") for line in text.splitlines() if line.endswith(r"\\")]
-    else:
-        cells = [line.strip("|").split("|") for line in text.splitlines() if not line.startswith("|-")]
-    read = [[cell.strip().replace("\\", "") for cell in line] for line in cells]
-    assert read[0] == ["set", "metric", *columns]
-    separator = "|" if form == "latex" else "/"
-    expected = [[line.dataset, line.label, *(cell.text for cell in line.cells)] for line in lines]
-    expected = [[cell.replace("|", separator).strip() for cell in line] for line in expected]
-    assert [[cell.replace(r"$|$", "|") for cell in line] for line in read[1:]] == expected
+def test_using_a4_the_table_is_written_where_the_user_says(
+    evaluated: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "paper" / "results.tex"
+    (run,) = evaluated("format=latex", f"file={path}", *QUICK)
+    assert f"table                  {path}" in capsys.readouterr().out
+    assert not list(run.folder.glob("table.*"))
     top1 = by_name(run.rows())["fp32", "id", "zero_shot"]["metrics"]["top1"]
-    assert read[1][:3] == ["id", "top-1 %", f"{100 * top1:.1f}"]
+    line = next(line for line in path.read_text().splitlines() if line.startswith(" id"))
+    cells = [cell.strip() for cell in line.removesuffix(r"\\").split("&")]
+    assert cells[:5] == ["id", str(IMAGES), "tiny", "32", "FP32"]
+    assert cells[5].startswith(f"{100 * top1:.1f} [")
+    # The options of one call are no options of the run.
+    stored = (run.folder / "config.yaml").read_text()
+    assert "\nfile:" not in stored
+    assert "\ntable:" not in stored
+
+
+def test_using_a7_every_id_set_has_pictures(evaluated: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = {name: SetConfig(path=f"embedded:{name}", role="id") for name in ("id", "gray")}
+    few = [f"callbacks.{name}=null" for name in ("ood", "refits", "temperature")]
+    (run,) = evaluated(*few, sets=sets)
+    said = capsys.readouterr().out
+    for what, name in (("reliability of id", "reliability.png"), ("reliability of gray", "reliability_gray.png")):
+        assert f"{what:22} {run.folder / name}" in said
+        assert (run.folder / name).exists()
+    assert "mean of" not in said
+    assert said.count("│ gray") == 1
+    assert re.search(rf"^FP32: accuracy [\d.]+ %.* on id \(n = {IMAGES}\), ECE", said, re.MULTILINE)
+    assert "python -m qatlab.fit" not in said  # that is said after a fit
+
+
+def test_the_printed_table_is_short_or_whole(evaluated: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+    def lines(*options: str) -> list[str]:
+        evaluated(*QUICK, *options)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+
+    brief, full = lines(), lines("table=full")
+    assert len(brief) == 3 + 2 + 2  # id; noise; near_ood
+    assert len(full) > len(brief)
+    assert any("OOD, MaxLogit" in line for line in full)
+
+
+def test_using_a8_models_beside_each_other_keep_their_own_fp32(evaluated: Evaluate, tmp_path: Path) -> None:
+    """The embedded model, and two more whose weights lay under one path one after the other."""
+    state = load_file(str(files("qatlab") / "assets" / "tiny.safetensors"))
+    other = tmp_path / "other.safetensors"
+    options = [*PLAIN, "callbacks.ood=null"]
+    runs = evaluated(*options)
+    for factor in (0.5, 0.25):
+        save_file(state | {"visual.proj": state["visual.proj"] * torch.linspace(factor, 1, 192)[:, None]}, other)
+        runs += evaluated(*options, f"model.checkpoint={other}")
+    rows = [row for run in runs for row in run.rows()]
+    columns, lines = table_lines(rows)
+    known = [run.rows()[0]["fp32_id"] for run in runs]
+    assert len(set(known)) == 3
+    assert [column.removesuffix("\nFP32") for column in columns] == [
+        "tiny",
+        f"tiny {other} gelu {known[1]}",
+        f"tiny {other} gelu {known[2]}",
+    ]
+    nll = next(line for line in lines if (line.dataset, line.label) == ("id", "NLL"))
+    expected = [by_name(run.rows())["fp32", "id", "zero_shot"]["metrics"]["nll"] for run in runs]
+    assert len(set(expected)) == 3
+    assert [cell.text.strip() for cell in nll.cells] == [f"{value:.3f}" for value in expected]
 
 
 def test_an_unknown_format_ends_it_before_anything_is_made(evaluated: Evaluate, tmp_path: Path) -> None:
@@ -483,7 +566,7 @@ def test_a_feature_file_cut_short_is_named_and_its_images_embedded_again(
     evaluated: Evaluate, work: Work, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run,) = evaluated(*PLAIN, "callbacks.ood.scores=[msp]")
-    before, file = by_name(run.rows()), sorted((cache / "features").rglob("*.safetensors"))[0]
+    before, file = by_name(run.rows()), sorted((cache / FEATURES).rglob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-9])
     work.forget()
     capsys.readouterr()

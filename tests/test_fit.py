@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 import polars as pl
 import pytest
 import torch
@@ -23,16 +25,20 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import cross_entropy, kl_div, normalize
 
-from qatlab import clip as clips
 from qatlab.config import Config, ModelConfig, compose, recipe_files
+from qatlab.core.errors import UserError
+from qatlab.core.signals import StopSignals
 from qatlab.data import TextTable, save_text_table
-from qatlab.data.embedded import CLASS_NAMES, EmbeddedSet, write_caption_shards
-from qatlab.errors import UserError
+from qatlab.data.embedded.sets import CLASS_NAMES, EmbeddedSet, write_caption_shards
 from qatlab.evaluate import evaluate
 from qatlab.fit import fit
-from qatlab.quantized import quantized_copy
-from qatlab.results import Run
-from qatlab.zeroshot import class_features, encode_text
+from qatlab.models import clip as clips
+from qatlab.models.quantized import quantized_copy
+from qatlab.models.zeroshot import class_features, encode_text
+from qatlab.quant.inspect import coverage
+from qatlab.results.run import Run
+from qatlab.stages.opening import open_experiment
+from qatlab.stages.outline import outline
 
 Options = Callable[..., Config]
 Fit = Callable[..., Run]
@@ -42,6 +48,7 @@ STAGES = {
     "pretrain_tiny": ["trained"],
     **{recipe: ["fp32", "quantized"] for recipe in ("mixed_precision", "ptq", "raana", "smoothquant", "weight_only")},
 }
+DRAWN = ("fp32", "ptq", "light_qat_distill", "pretrain_tiny")  # whose pictures are looked at
 ADAPTED = ["fp32", "quantized", "adapted"]
 SCORES = ["msp", "energy", "max_logit", "mcm"]
 # What a row of the suite of conftest is about: (dataset, score)
@@ -51,10 +58,24 @@ ROWS = {
     *((name, score) for name in ("noise", "near_ood") for score in SCORES),
 }
 FITTED = {("calibration", "logit_scale_fit"), *(row for row in ROWS if not row[1].startswith("refit"))}
+# What every row says.
 KEYS = {
-    *("run_id", "stage", "step", "recipe", "model", "pretrained", "weights", "activation", "method", "tower"),
-    *("weight_bits", "act_bits", "objective", "data", "dataset", "role", "reference", "definition", "score", "prompts"),
-    *("n", "metrics", "intervals", "paired", "logit_scale", "temperature", "seed", "config", "versions", "commit"),
+    *("run_id", "stage", "step", "recipe", "model", "pretrained", "weights", "resized", "fp32_id", "activation"),
+    *("text_activation", "preprocessing", "final_projection", "method", "tower", "weight_bits", "act_bits"),
+    *("weight_share", "act_share", "product_share", "skipped_share", "attention_share", "objective", "data"),
+    *("dataset", "role", "reference", "definition", "definition_version", "score", "prompts", "n", "metrics"),
+    *(
+        "intervals",
+        "paired",
+        "logit_scale",
+        "temperature",
+        "precision",
+        "device",
+        "seed",
+        "config",
+        "versions",
+        "commit",
+    ),
 }
 
 
@@ -90,7 +111,8 @@ def runs(small_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
     def get(recipe: str) -> Done:
         if recipe not in done:
-            done[recipe] = listened(small_fit, recipe, folder)
+            with pictures.rendered() if recipe in DRAWN else contextlib.nullcontext():
+                done[recipe] = listened(small_fit, recipe, folder)
         return done[recipe]
 
     return get
@@ -127,7 +149,8 @@ def test_every_recipe_runs_and_stores_its_rows(runs: Callable[[str], Done], reci
     probes = [row for row in rows if row["stage"] == "probe"]
     assert {row["step"] for row in probes} == ({1, 2} if steps else set())
     assert {row["stage"] for row in rows} == {*stages, "temperature", *(["probe"] if steps else [])}
-    assert all(set(row) == KEYS for row in rows)
+    refitted = [row for row in rows if (row["stage"], row["score"]) == ("temperature", "zero_shot")]
+    assert all(set(row) == KEYS | ({"refit"} if row in refitted else set()) for row in rows)
     keys = [tuple(row[key] for key in ("run_id", "stage", "step", "dataset", "score", "prompts")) for row in rows]
     assert len(set(keys)) == len(keys)
     assert all(math.isfinite(value) for row in rows for value in row["metrics"].values())
@@ -135,7 +158,7 @@ def test_every_recipe_runs_and_stores_its_rows(runs: Callable[[str], Done], reci
     assert {row["run_id"] for row in rows} == {done.run.id}
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "ptq", "light_qat_distill", "pretrain_tiny"])
+@pytest.mark.parametrize("recipe", DRAWN)
 def test_a_run_leaves_its_files(runs: Callable[[str], Done], recipe: str) -> None:
     done, steps = runs(recipe), recipe not in ("fp32", "ptq")
     folder = done.run.folder
@@ -155,8 +178,11 @@ def test_a_run_leaves_its_files(runs: Callable[[str], Done], recipe: str) -> Non
     assert (folder / "model.safetensors").exists() == (folder / "metrics.csv").exists() == steps
     if steps:
         curves = pl.read_csv(folder / "metrics.csv")
-        assert {"train/loss", "probe/id/zero_shot/top1", "probe/near_ood/msp/auroc"} <= set(curves.columns)
+        assert {"train/loss", "probe/id@16/zero_shot/top1", "probe/near_ood@16/msp/auroc"} <= set(curves.columns)
         assert curves["train/loss"].is_finite().all()
+        # The curves of the probes begin at step 0, which has no rows.
+        assert curves.filter(pl.col("step") == 0)["probe/id@16/zero_shot/top1"].to_list() != [None]
+        assert not (folder / "curves").exists()
     for name in ("results.jsonl", "predictions", "reliability.png", *(["metrics.csv", "model.safetensors"] * steps)):
         assert str(folder / name) in done.said
 
@@ -182,8 +208,89 @@ def test_what_was_done_is_said_and_tabled(runs: Callable[[str], Done]) -> None:
     assert third.strip().startswith("training: 2 steps x 8 images of embedded, 16 looped samples, 0.5 contrastive")
     for title in ("FP32", "quantized", "adapted", "after temperature"):
         assert title in done.said
+    lines = done.said.splitlines()
+    headline = next(i for i, line in enumerate(lines) if line.startswith("W8A8, adapted: accuracy "))
+    assert lines[headline + 1] == f"light_qat_distill {done.run.id}"  # above the table
+    assert lines[-2].startswith("At W8A8 no loss of accuracy is shown")
+    assert lines[-1].startswith("  python -m qatlab.fit recipe=light_qat_distill quant.weight.bits=4 ")
     top1 = f"{100 * done.of('fp32')['metrics']['top1']:.1f}"
     assert any("top-1 %" in line and line.split("│")[3].strip() == top1 for line in done.said.splitlines())
+
+
+# The embedded model's products with a weight: 17 tokens of 192 in 4 blocks; a patch convolution and a projection.
+BLOCKS, ENDS = 4 * 12 * 192**2 * 17, 16 * 3 * 16**2 * 192 + 192 * 64
+SHARES = ("weight_share", "act_share", "product_share", "skipped_share", "attention_share")
+
+
+@pytest.mark.parametrize(("recipe", "both"), [("ptq", True), ("weight_only", False)])
+def test_models_d1_what_is_rounded_is_in_rows_plan_and_table(
+    runs: Callable[[str], Done], small_fit: Fit, recipe: str, both: bool
+) -> None:
+    done = runs(recipe)
+    share, attention = BLOCKS / (BLOCKS + ENDS), 4 * 2 * 17**2 * 192
+    expected = [share, share * both, share * both, 0, attention / (BLOCKS + ENDS + attention)]
+    found = {row["stage"]: [row[name] for name in SHARES] for row in done.rows}
+    assert found == {"fp32": [None] * 5, "quantized": expected, "temperature": expected}
+    stated = (
+        f"{100 * share:.1f} % of the products with a weight have the weight rounded, {100 * share * both:.1f} % both "
+        f"operands; QK^T and PV, {100 * expected[-1]:.1f} % of all products, stay in full precision"
+    )
+    again = listened(small_fit, recipe, done.run.folder.parent)
+    for said in (done.said, again.said):
+        assert f"  {stated}\n" in said[: said.index("┏")]
+        assert stated in said[said.index("└") :]
+        assert "warning" not in said
+
+
+def test_models_d1_a_run_that_would_leave_most_in_full_precision_is_refused_before_it_starts(
+    small: Options, small_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coverage, "REFUSED", 0.95)  # of the embedded model 92.7 % are rounded
+    monkeypatch.setattr(coverage, "WARNED", 0.97)
+    with pytest.raises(
+        UserError, match=r"leave in full precision conv1 \(7\.3 %\), proj \(0\.0 %\).*quant\.partial=true"
+    ):
+        small_fit("ptq", tmp_path)
+    assert not list(tmp_path.iterdir())
+    done = listened(small_fit, "ptq", tmp_path, "quant.partial=true")
+    assert (
+        "  warning: 7.3 % of the products with a weight stay in full precision: conv1 (7.3 %), proj (0.0 %)\n"
+        in done.said
+    )
+    # What is made is shown and scored as ever, and goes on being warned of.
+    again = listened(evaluate, checkpoint(small, done.run, "quant.partial=false"), "evaluate")
+    same = listened(small_fit, "ptq", tmp_path)
+    for shown in (again, same):
+        assert shown.run.folder == done.run.folder
+        assert "  warning: 7.3 % of the products with a weight stay in full precision\n" in shown.said
+
+
+def test_models_d1_rows_of_an_earlier_release_state_nothing_and_its_run_is_not_refused(
+    small: Options, small_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_fit("ptq", tmp_path, "~suite.sets.noise")
+    rows = [{key: value for key, value in row.items() if key not in SHARES} for row in run.rows()]
+    run.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(coverage, "REFUSED", 0.95)
+    done = listened(evaluate, checkpoint(small, run), "evaluate")
+    assert "92.7 % of the products with a weight have the weight rounded" in done.said
+    added = {row["dataset"]: row["weight_share"] for row in done.rows[len(rows) :] if row["stage"] == "quantized"}
+    assert added == {"noise": BLOCKS / (BLOCKS + ENDS)}
+    assert "weight_share" not in done.rows[0]
+
+
+def test_models_d1_rules_that_skip_most_layers_are_named_and_nothing_is_refused(small: Options, tmp_path: Path) -> None:
+    patterns = [f"transformer.resblocks.{block}.*" for block in range(3)]
+    rules = f"+quant.rules={{{': null, '.join(patterns)}: null}}"
+    with StopSignals() as stop:
+        config = small("ptq", f"output={tmp_path}", rules)
+        said = outline(open_experiment(config, Run(config, "ptq"), "ptq", stop))
+    rounded, skipped = (100 * BLOCKS * part / 4 / (BLOCKS + ENDS) for part in (1, 3))
+    assert f"{rounded:.1f} % of the products with a weight have the weight rounded" in said
+    named = f"quant.rules leave out 12 layers, {skipped:.1f} % of the products with a weight: {', '.join(patterns)}"
+    assert f"\n  {named}" in said
+    assert rounded < 50
+    assert "warning" not in said
 
 
 def test_rows_say_what_was_trained_on_what(runs: Callable[[str], Done]) -> None:
@@ -404,10 +511,17 @@ def test_quantization_and_training_options_do_not_reach_an_unquantized_model(sma
     assert from_scratch.rows()[0]["pretrained"] == "tiny"
 
 
+@pytest.fixture(scope="module")
+def without_noise(small_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return small_fit("light_qat_lsq", tmp_path_factory.mktemp("finished"), "~suite.sets.noise")
+
+
 @pytest.fixture
-def finished(small_fit: Fit, tmp_path: Path) -> Run:
-    """A run of its own that a test may add rows to."""
-    return small_fit("light_qat_lsq", tmp_path / "finished", "~suite.sets.noise")
+def finished(small: Options, without_noise: Run, tmp_path: Path) -> Run:
+    """A run of its own that a test may add rows to: a copy of one that was done once."""
+    run = Run(small("light_qat_lsq", f"output={tmp_path / 'finished'}", "~suite.sets.noise"), "light_qat_lsq")
+    shutil.copytree(without_noise.folder, run.folder)
+    return run
 
 
 def checkpoint(small: Options, run: Run, *overrides: str) -> Config:
@@ -463,6 +577,9 @@ def test_a_finished_run_is_scored_on_another_suite(small: Options, finished: Run
 def test_rows_added_at_another_precision_belong_to_the_run(small: Options, finished: Run) -> None:
     (run,) = evaluate(checkpoint(small, finished, "trainer.precision=bf16-mixed"), "evaluate")
     assert {row["run_id"] for row in run.rows()} == {finished.id}
+    added = [row for row in run.rows() if "precision" in row and row["config"]["trainer.precision"] == "bf16-mixed"]
+    assert {row["precision"] for row in added} == {"bf16-mixed"}
+    assert "32-true" in {row.get("precision") for row in run.rows()}
 
 
 def test_a_checkpoint_that_is_no_run_is_refused(small: Options, tmp_path: Path) -> None:
@@ -581,6 +698,13 @@ def test_an_image_tower_learns_from_a_bank_of_texts(
             ["quant.matmul=int8", "~quant/act"],
             r"quant\.matmul=int8 multiplies integer codes, and no layer",
         ),
+        (
+            "light_qat",
+            ["fit.unique_samples=100000"],
+            r"fit\.unique_samples=100000: data=embedded holds 64 image–caption pairs",
+        ),
+        ("mixed_precision", ["quant.plan.average_bits=2"], r"quant\.plan allows 2 bits for each weight"),
+        ("mixed_precision", ["quant.plan.average_bits=8.0", "quant.plan.candidates=[4]"], r"no layer gets more than 4"),
         ("light_qat", ["objective.contrastive=0"], r"no objective: give one of objective\.contrastive"),
         ("pretrain_tiny", ["quant/weight=minmax"], r"fit\.from_scratch=true trains both towers in full precision"),
         ("pretrain_tiny", ["data=embedded"], r"objective\.class_cross_entropy needs labelled training images"),
@@ -614,6 +738,18 @@ def test_rules_patch_convolution_and_projection_reach_the_model(
     bits = {row["layer"]: (row["weight_bits"], row["act_bits"]) for row in layers.iter_rows(named=True)}
     assert bits["transformer.resblocks.1.mlp.c_proj"] == (4, None)
     assert bits["transformer.resblocks.1.mlp.c_fc"] == bits["conv1"] == bits["proj"] == (8, 8)
+    # rows say what the layers have, on average over the weights, and what made it so
+    sizes = {row["layer"]: row["in_features"] * row["out_features"] for row in layers.iter_rows(named=True)}
+    average = sum(bits[name][0] * size for name, size in sizes.items()) / sum(sizes.values())
+    for stage in ("quantized", "adapted", "temperature"):
+        row = done.of(stage)
+        assert row["weight_bits"] == pytest.approx(average)
+        assert 4 < row["weight_bits"] < 8
+        assert row["act_bits"] == 8
+        assert row["method"].endswith(
+            " patch_conv final_proj rules(transformer.resblocks.0.*=null, *.c_proj.weight.bits=4, *.c_proj.act=null)"
+        )
+    assert done.of("fp32")["weight_bits"] is None
     encoded.clear()
     again = listened(small_fit, "light_qat_lsq", tmp_path, *overrides)
     assert encoded == []

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from brief import BRIEF, with_options
 
-from qatlab.checkpoints import MADE_WITH, checkpoints
 from qatlab.config import Config
-from qatlab.data.embedded import write_caption_shards
-from qatlab.data.module import StreamedBatches
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.data.captions.batches import StreamedBatches
+from qatlab.data.embedded.sets import write_caption_shards
 from qatlab.fit import fit
-from qatlab.module import Student
-from qatlab.results import Run, read_rows
+from qatlab.results.rows import read_rows
+from qatlab.results.run import Run
+from qatlab.training.checkpoints import MADE_WITH, checkpoints
+from qatlab.training.student import Student
 
 Fit = Callable[..., Run]
 Options = Callable[..., Config]
@@ -38,8 +41,9 @@ Options = Callable[..., Config]
 # Runs the command line, and strikes the process of one rank with a signal where it is told to.
 STRIKING = """
 import os, signal
-from qatlab.embedding import Embedder
-from qatlab.module import Student
+from qatlab.training.checkpoints import AtomicCheckpointIO
+from qatlab.evaluation.embedding import Embedder
+from qatlab.training.student import Student
 
 number, place, step, rank = os.environ["STRIKE"].split(",")
 
@@ -52,6 +56,7 @@ def strike(module):
         os.kill(os.getpid(), int(number))
 
 train, validate, save = Student.training_step, Student.validation_step, Student.on_save_checkpoint
+write = AtomicCheckpointIO.save_checkpoint
 predict = Embedder.predict_step
 
 def training_step(self, batch, batch_idx):
@@ -74,7 +79,13 @@ def on_save_checkpoint(self, checkpoint):
         strike(self)
     return save(self, checkpoint)
 
+def save_checkpoint(self, checkpoint, path, storage_options=None):
+    write(self, checkpoint, path, storage_options)
+    if place == "saved" and str(path).endswith(f"step={step}.ckpt"):
+        os.kill(os.getpid(), int(number))
+
 Student.training_step, Student.validation_step = training_step, validation_step
+AtomicCheckpointIO.save_checkpoint = save_checkpoint
 Embedder.predict_step = predict_step
 Student.on_save_checkpoint = on_save_checkpoint
 
@@ -83,24 +94,36 @@ if __name__ == "__main__":
     main()
 """
 RECIPE = "light_qat_lsq_pc"
-LOOPED = ["fit.steps=6", "fit.checkpoint_every=2", "fit.eval_every=3", "fit.lr=1e-4"]
+LOOPED = ["fit.steps=6", "fit.checkpoint_every=2", "fit.eval_every=3", *BRIEF, "fit.lr=1e-4"]
 STREAMED = [*LOOPED, "fit.unique_samples=null"]
 Struck = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
 def command(
-    subprocess_environment: dict[str, str], small_options: list[str], tmp_path_factory: pytest.TempPathFactory
+    python: str,
+    subprocess_environment: dict[str, str],
+    small_options: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Struck:
-    """``command(output, strike, *options)``: the command line in a process of its own, struck by "signal,place,step,rank"."""
+    """``command(output, strike, *options)``: the command line in a process of its own, struck by "signal,place,step,rank".
+
+    The process is forked, or with ``real=True`` started by Python itself.
+    """
     program = tmp_path_factory.mktemp("program") / "fit.py"
     program.write_text(STRIKING)
 
-    def run(output: Path, strike: str, *options: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        given = {option.split("=")[0] for option in options}
+    def run(
+        output: Path, strike: str, *options: str, real: bool = False, **more: Any
+    ) -> subprocess.CompletedProcess[str]:
         base = [*small_options, "fit.batch_size=8", "fit.unique_samples=16"]
-        base = [option for option in base if option.split("=")[0] not in given]
-        line = [sys.executable, str(program), f"recipe={RECIPE}", f"output={output}", *base, *options]
+        line = [
+            sys.executable if real else python,
+            str(program),
+            f"recipe={RECIPE}",
+            f"output={output}",
+            *with_options(base, *options),
+        ]
         cache = os.environ["QATLAB_CACHE"]  # a test may have one of its own
         environment = {**subprocess_environment, "QATLAB_CACHE": cache, "STRIKE": strike}
         return subprocess.run(line, env=environment, cwd=output, capture_output=True, text=True, timeout=300, **more)
@@ -147,7 +170,7 @@ def same(run: Run, other: Run) -> bool:
 def test_a_signal_stops_behind_the_step_with_a_checkpoint(
     command: Struck, small_fit: Fit, unstopped: Any, tmp_path: Path, number: int, code: int, capsys: Any
 ) -> None:
-    stopped = command(tmp_path, f"{int(number)},train,4,0", *LOOPED)
+    stopped = command(tmp_path, f"{int(number)},train,4,0", *LOOPED, real=number == signal.SIGINT)
     assert stopped.returncode == code, stopped.stderr
     assert stopped.stderr.strip().splitlines() == [
         f"qatlab: stopped by {signal.Signals(number).name}; the same command goes on from the last checkpoint or finished stage."
@@ -161,7 +184,7 @@ def test_a_signal_stops_behind_the_step_with_a_checkpoint(
 
 
 def test_a_second_ctrl_c_stops_at_once(small_fit: Fit, unstopped: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    from qatlab.stopping import Stopped
+    from qatlab.core.signals import Stopped
 
     step = Student.training_step
 
@@ -257,6 +280,17 @@ def test_a_killed_run_ends_with_the_same_bits(
     ]
 
 
+@pytest.mark.parametrize("step", [2, 3, 6], ids=["between", "before a probe", "last"])
+def test_faults_c1_a_kill_behind_a_checkpoint_loses_no_step_of_the_curves(
+    command: Struck, small_fit: Fit, unstopped: Any, tmp_path: Path, step: int
+) -> None:
+    killed = command(tmp_path, f"{int(signal.SIGKILL)},saved,{step},0", *LOOPED)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = small_fit(RECIPE, tmp_path, *LOOPED)
+    assert same(run, unstopped(LOOPED))
+    assert curves(run.folder) == curves(unstopped(LOOPED).folder)
+
+
 def order(row: dict[str, Any]) -> Any:
     return row["stage"], row["step"], row["dataset"], row["score"]
 
@@ -340,8 +374,12 @@ def test_a_damaged_checkpoint_is_not_one_of_the_two(command: Struck, left: Path)
 def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
     small_fit: Fit, left: Path, monkeypatch: Any
 ) -> None:
-    def stale(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.ESTALE, "Stale file handle")
+    read = zipfile.ZipFile
+
+    def stale(file: Any, *options: Any, **named: Any) -> Any:
+        if str(file).endswith(".ckpt"):  # indexes of tars are zip files too
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(file, *options, **named)
 
     monkeypatch.setattr("zipfile.ZipFile", stale)
     with pytest.raises(UserError, match=r"step=4\.ckpt cannot be read \(Stale file handle\)"):
@@ -363,13 +401,13 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_that_needs_trust(left: P
     path = the_run(left) / "checkpoints" / "step=4.ckpt"
     content = torch.load(path, weights_only=True)
     assert all(name.startswith("visual.") for name in content["state_dict"])  # neither teacher nor text tower
-    assert set(json.loads(content[MADE_WITH])) >= {"fit.lr", "quant.weight.bits", "the training data"}
+    assert set(json.loads(content[MADE_WITH])) >= {"fit.lr", "quant.weight.bits", "the content of the training data"}
     trained = sum(value.nbytes for value in content["state_dict"].values())
     assert path.stat().st_size < 3.1 * trained  # the weights and two moments each
 
 
 def test_frozen_weights_are_not_in_a_checkpoint_and_come_back(small: Options) -> None:
-    from qatlab import clip as clips
+    from qatlab.models import clip as clips
 
     config = small(RECIPE)
     clip = clips.load(config.model)
@@ -395,7 +433,7 @@ def test_a_run_with_rules_goes_on(command: Struck, small_fit: Fit, tmp_path: Pat
 
 
 def test_what_was_left_out_is_counted_over_stops(small: Options, tmp_path: Path, monkeypatch: Any) -> None:
-    from qatlab.stopping import Stopped
+    from qatlab.core.signals import Stopped
 
     shards = tmp_path / "shards"
     write_caption_shards(shards, 64, per_shard=32, seed=0)
@@ -453,11 +491,26 @@ def test_an_unfinished_run_beside_is_told_with_what_differs(small_fit: Fit, left
 
 
 def test_other_training_data_is_refused(small_fit: Fit, left: Path, monkeypatch: Any) -> None:
-    from qatlab.data.captions import CaptionShards
+    from qatlab.data.captions.source import CaptionShards
 
     monkeypatch.setattr(CaptionShards, "fingerprint", lambda self: "0" * 8)
     with pytest.raises(UserError, match=r"the training data \w+ there and 00000000 now"):
         small_fit(RECIPE, left, *LOOPED)
+
+
+def test_data_w1_a_checkpoint_that_knows_its_data_by_name_is_gone_on_from(
+    small_fit: Fit, unstopped: Any, left: Path, capsys: Any
+) -> None:
+    (path,) = (path for path in checkpoints(the_run(left) / "checkpoints") if path.name == "step=4.ckpt")
+    content = torch.load(path, weights_only=True)
+    made_with = json.loads(content[MADE_WITH])
+    del made_with["the content of the training data"]
+    content[MADE_WITH] = json.dumps(made_with | {"the training data": "0123456789abcdef"})
+    torch.save(content, path)
+    run = small_fit(RECIPE, left, *LOOPED)
+    told = "step=4.ckpt is of an earlier release, which knew training data by name: it is taken to be the same"
+    assert capsys.readouterr().out.count(told) == 1
+    assert weights(run.folder) == weights(unstopped(LOOPED).folder)
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import equal
 
 from qatlab.config import compose
-from qatlab.results import read_rows, run_id
+from qatlab.results.identity import run_id
+from qatlab.results.rows import read_rows
 from qatlab.sweeps.grid import cells_of
 from qatlab.sweeps.state import log_of, state_of
 

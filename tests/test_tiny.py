@@ -121,6 +121,7 @@ def test_three_bits_are_ruinous(metrics: Callable[..., Metrics]) -> None:
     assert quantized(metrics, 3) >= 20
 
 
+@pytest.mark.slow
 def test_training_recovers_half_of_what_four_bits_cost(metrics: Callable[..., Metrics]) -> None:
     found = metrics("light_qat_lsq_pc", "quant.weight.bits=4", "quant.act.bits=4", *QAT, *FEW_SETS)
     full, start, trained = (top1(found, stage) for stage in ("fp32", "quantized", "adapted"))

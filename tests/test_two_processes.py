@@ -12,20 +12,25 @@ import polars as pl
 import pytest
 
 from qatlab.config import Config
-from qatlab.results import Run, read_rows, run_id
+from qatlab.results.identity import run_id
+from qatlab.results.rows import read_rows
+from qatlab.results.run import Run
 
 Options = Callable[..., Config]
 Command = Callable[..., tuple[Path, str]]
 
 
 @pytest.fixture(scope="module")
-def command(subprocess_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """``command(module, devices, *options)``: the command line on so many processes; its run folder and what it said."""
+def command(python: str, subprocess_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """``command(module, devices, *options)``: the command line on so many processes; its run folder and what it said.
 
-    def run(module: str, devices: int, *overrides: str, torchrun: bool = False) -> tuple[Path, str]:
+    They are forked, or with ``real=True`` started by Python itself.
+    """
+
+    def run(module: str, devices: int, *overrides: str, real: bool = False, torchrun: bool = False) -> tuple[Path, str]:
         output = tmp_path_factory.mktemp("output")
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(devices)] if torchrun else []
-        program = [sys.executable, *launcher, "-m", f"qatlab.{module}"]
+        program = [sys.executable if real or torchrun else python, *launcher, "-m", f"qatlab.{module}"]
         line = [*program, f"output={output}", f"trainer.devices={devices}", *overrides]
         done = subprocess.run(line, env=subprocess_environment, cwd=output, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -69,12 +74,16 @@ def test_two_processes_speak_once(evaluated: dict[int, tuple[Path, str]]) -> Non
         assert said.count(": fp32, tiny (tiny, gelu)") == 1
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
+@pytest.mark.parametrize(
+    "starts", ["forked", *(pytest.param(name, marks=pytest.mark.slow) for name in ("python", "torchrun"))]
+)
 def test_two_processes_train_one_run_whoever_starts_them(
-    command: Command, small_options: list[str], small: Options, torchrun: bool
+    command: Command, small_options: list[str], small: Options, starts: str
 ) -> None:
     options = [*small_options, "fit.steps=2", "fit.batch_size=8", "fit.unique_samples=16"]
-    folder, said = command("fit", 2, "recipe=light_qat_lsq", *options, torchrun=torchrun)
+    folder, said = command(
+        "fit", 2, "recipe=light_qat_lsq", *options, real=starts == "python", torchrun=starts == "torchrun"
+    )
     config = small("light_qat_lsq", f"output={folder.parent}")
     assert folder.name == f"light_qat_lsq-{run_id(config)}"
     rows = read_rows(folder / "results.jsonl")
@@ -103,7 +112,7 @@ def test_two_processes_with_other_options_find_out() -> None:
     from types import SimpleNamespace
 
     from qatlab.callbacks import Results
-    from qatlab.errors import UserError
+    from qatlab.core.errors import UserError
 
     trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda _: "11111111"), global_rank=1)
     with pytest.raises(UserError, match=r"rank 1 is run 22222222, rank 0 is run 11111111"):

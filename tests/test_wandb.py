@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -16,9 +16,12 @@ from typing import Any
 
 import polars as pl
 import pytest
+from brief import BRIEF, with_options
 from wandb.proto import wandb_internal_pb2
 
-from qatlab.results import Run, read_rows
+from qatlab.results.rows import read_rows
+from qatlab.results.run import Run
+from qatlab.results.stages import TITLES
 
 STEPS, PATIENCE = 4, 3
 
@@ -39,29 +42,58 @@ def stored_records(data: bytes) -> Iterator[bytes]:
             pieces = b""
 
 
-def stored_history(folder: Path) -> dict[int, dict[str, float]]:
-    """What the folder of one W&B run holds, by trainer/global_step."""
+def records_of(folder: Path, kind: str) -> Iterator[Any]:
+    """The records of one kind in the folder of one W&B run: run, history, summary."""
     (file,) = folder.glob("*.wandb")
-    found: dict[int, dict[str, float]] = defaultdict(dict)
     for data in stored_records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            step = int(row.pop("trainer/global_step"))
-            found[step] |= {name: value for name, value in row.items() if name != "epoch" and not name.startswith("_")}
+        if record.WhichOneof("record_type") == kind:
+            yield getattr(record, kind)
+
+
+def plain(items: Any) -> dict[str, Any]:
+    """The items of a record, by name; those of a table or a picture are one mapping."""
+    found: dict[str, Any] = {}
+    for item in items:
+        name, *below = item.nested_key or [item.key]
+        if below:
+            found.setdefault(name, {})["/".join(below)] = json.loads(item.value_json)
+        else:
+            found[name] = json.loads(item.value_json)
+    return found
+
+
+def stored_history(folder: Path) -> dict[int, dict[str, Any]]:
+    """What the folder of one W&B run holds, by trainer/global_step, tables and pictures apart."""
+    found: dict[int, dict[str, Any]] = defaultdict(dict)
+    for history in records_of(folder, "history"):
+        row = plain(history.item)
+        step = int(row.pop("trainer/global_step"))
+        shown = {name: value for name, value in row.items() if name != "epoch" and not name.startswith("_")}
+        found[step] |= {name: value for name, value in shown.items() if not isinstance(value, dict)}
+    return found
+
+
+def stored_media(folder: Path) -> dict[str, Any]:
+    """The tables and pictures of one W&B run, by name."""
+    found = {}
+    for history in records_of(folder, "history"):
+        found |= {name: value for name, value in plain(history.item).items() if isinstance(value, dict)}
+    return found
+
+
+def stored_summary(folder: Path) -> dict[str, Any]:
+    """The summary that a run was given by name."""
+    found = {}
+    for summary in records_of(folder, "summary"):
+        found |= plain(summary.update)
     return found
 
 
 def stored_run(folder: Path) -> Any:
     """What the folder of one W&B run says of it."""
-    (file,) = folder.glob("*.wandb")
-    for data in stored_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "run":
-            return record.run
-    raise AssertionError(f"{file} holds no run")
+    return next(records_of(folder, "run"))
 
 
 def csv_history(path: Path) -> dict[int, dict[str, float]]:
@@ -74,21 +106,84 @@ def test_an_offline_run_holds_the_same_curves_as_the_csv(
     small_fit: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_MODE")
-    done = small_fit("light_qat_lsq", tmp_path, "wandb.mode=offline", "wandb.group=bits", "objective.feature_mse=0.5")
+    named = ["wandb.group=bits", "wandb.name=mine", "wandb.notes=a trial", "wandb.tags=[first,tiny]"]
+    done = small_fit("light_qat_lsq", tmp_path, "wandb.mode=offline", *named, "objective.feature_mse=0.5")
     (folder,) = (done.folder / "wandb").glob("offline-run-*")
     run = stored_run(folder)
-    assert (run.run_group, run.job_type, list(run.tags)) == ("bits", "light_qat_lsq", ["tiny", "W8A8", "seed 0"])
+    assert (run.run_group, run.job_type, run.display_name, run.notes) == ("bits", "light_qat_lsq", "mine", "a trial")
+    assert list(run.tags) == ["tiny", "W8A8", "seed 0", "first"]
+    assert run.run_id == done.id
     history, curves = stored_history(folder), csv_history(done.folder / "metrics.csv")
     expected = {
         *("train/loss", "train/contrastive", "train/feature_mse", "grad_norm/total", "grad_norm/scales"),
         *("scale/c_fc/act/log_ratio", "scale/in_proj/weight/abs_log_ratio"),
         *("layers/out_proj/act_clipped", "layers/c_proj/output_sqnr_db", "layers/in_proj/weight_sqnr_db"),
-        *("probe/id/zero_shot/top1", "probe/id/zero_shot/ece", "probe/near_ood/msp/auroc"),
+        *("probe/id@16/zero_shot/top1", "probe/id@16/zero_shot/ece", "probe/near_ood@16/msp/auroc"),
     }
     assert expected <= {name for values in history.values() for name in values}
     assert set(history) == set(curves) == {0, 1, 2}
     for step, values in curves.items():
         assert history[step] == pytest.approx(values, rel=1e-6)
+    assert {step for step, values in curves.items() if "probe/id@16/zero_shot/top1" in values} == {0, 1, 2}
+    require_results(done, folder, ["FP32", "quantized", "adapted", "after temperature"])
+
+
+def require_results(done: Run, folder: Path, stages: list[str]) -> None:
+    """W&B has the options of the run, the numbers of its table as the summary, the table and the pictures."""
+    config = {item.key: json.loads(item.value_json) for item in stored_run(folder).config.update}
+    assert (config["quant.weight.bits"], config["suite.images"], config["run_id"]) == (8, 32, done.id)
+    assert config["versions.torch"]
+    summary = stored_summary(folder)
+    stored = {(row["stage"], row["dataset"], row["score"]): row["metrics"] for row in done.rows()}
+    for stage, title in TITLES.items():
+        if title in stages:
+            assert summary[f"id/top-1 %/{title}"] == 100 * stored[stage, "id", "zero_shot"]["top1"]
+            assert summary[f"id/NLL/{title}"] == stored[stage, "id", "zero_shot"]["nll"]
+            assert summary[f"near_ood/OOD, MSP auroc/{title}"] == 100 * stored[stage, "near_ood", "msp"]["auroc"]
+    assert {name.rpartition("/")[2] for name in summary if name.startswith("id/top-1 %/")} == set(stages)
+    media = stored_media(folder)
+    assert set(media) == {"results", *(path.stem for path in done.folder.glob("*.png"))}
+    page = (folder / "files" / media["results"]["path"]).read_text()
+    found = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    lines = [re.findall(r"<t[hd][^>]*>\s*(.*?)\s*</t[hd]>", line) for line in found]
+    bits = ["tiny", *["tiny W8A8"] * (len(stages) - 1)]
+    assert lines[0] == ["set", "metric", *(f"{of} {stage}" for of, stage in zip(bits, stages, strict=True))]
+    assert ["id", "top-1 %"] in [line[:2] for line in lines]
+    assert (folder / "files" / media["reliability"]["path"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_using_a3_a_run_without_training_is_a_run_at_wandb_too(
+    small_fit: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    done = small_fit("ptq", tmp_path, "wandb.mode=offline", "wandb.group=bits")
+    (folder,) = (done.folder / "wandb").glob("offline-run-*")
+    run = stored_run(folder)
+    assert (run.run_group, run.job_type, run.display_name) == ("bits", "ptq", f"ptq-{done.id}")
+    require_results(done, folder, ["FP32", "quantized", "after temperature"])
+    # Shown once more, the run computes nothing and leaves W&B as it is.
+    small_fit("ptq", tmp_path, "wandb.mode=offline", "wandb.group=bits")
+    assert list((done.folder / "wandb").glob("offline-run-*")) == [folder]
+
+
+def test_faults_s4_the_folder_of_wandb_holds_no_secret(
+    small_fit: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    secret = "hunter2hunter2"
+    own = (
+        f"{{_target_: lightning.pytorch.loggers.CSVLogger, save_dir: {tmp_path}, prefix: 'https://h/?token={secret}'}}"
+    )
+    options = ["wandb.mode=offline", f"logger=[wandb,{own}]", f"wandb.notes='see https://me:{secret}@h'"]
+    options += [f"wandb.tags=['https://h/?sig={secret}']", "fit.steps=0"]
+    monkeypatch.setattr("sys.argv", ["fit.py", *options])
+    done = small_fit("ptq", tmp_path, *options)
+    (folder,) = (done.folder / "wandb").glob("offline-run-*")
+    assert stored_run(folder).notes == "see https://...@h"
+    files = [path for path in done.folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert secret.encode() not in path.read_bytes(), path
 
 
 # -- a server that goes away -----------------------------------------------------------------------------------------
@@ -179,19 +274,28 @@ class Handler(BaseHTTPRequestHandler):
 class Online:
     """A small online run on a server with a fault: its folder, what it said, the seconds it took."""
 
-    def __init__(self, fault: str, folder: Path, environment: dict[str, str], options: list[str]) -> None:
+    def __init__(self, python: str, fault: str, folder: Path, environment: dict[str, str], options: list[str]) -> None:
         self.server = Server(fault)
         online = {"WANDB_BASE_URL": f"http://127.0.0.1:{self.server.server_port}", "WANDB_API_KEY": "0" * 40}
         settings = {"WANDB_MODE": "online", "WANDB_DIR": "", "WANDB_ERROR_REPORTING": "false"}
         # not the wandb process that an earlier test of this process may have started
         own = {name: value for name, value in environment.items() if name != "WANDB_SERVICE"}
-        program = f"import qatlab.loggers; qatlab.loggers.PATIENCE = {PATIENCE}; import qatlab.fit; qatlab.fit.main()"
-        given = [o for o in options if not o.startswith(("wandb.", "fit.eval"))]
-        line = ["recipe=light_qat_lsq", f"output={folder}", "wandb.mode=online", *given, "fit.batch_size=8"]
-        line += [f"fit.steps={STEPS}", "fit.unique_samples=16", "fit.eval_every=2"]
+        # wandb makes a folder for its media when it is imported, which the first process that is forked of that one removes.
+        program = "import os; from wandb.sdk.data_types import _private\n"
+        program += "os.makedirs(_private.MEDIA_TMP.name, exist_ok=True)\n"
+        program += f"import qatlab.stages.loggers; qatlab.stages.loggers.PATIENCE = {PATIENCE}\n"
+        program += "import qatlab.fit; qatlab.fit.main()"
+        training = [
+            "wandb.mode=online",
+            f"fit.steps={STEPS}",
+            "fit.batch_size=8",
+            "fit.unique_samples=16",
+            "fit.eval_every=2",
+        ]
+        line = ["recipe=light_qat_lsq", f"output={folder}", *with_options(options, *training, *BRIEF)]
         start = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-c", program, *line],
+            [python, "-c", program, *line],
             env={**own, **online, **settings},
             cwd=folder,
             capture_output=True,
@@ -211,9 +315,11 @@ class Online:
 
 
 @pytest.fixture
-def online(tmp_path: Path, subprocess_environment: dict[str, str], small_options: list[str]) -> Callable[[str], Online]:
+def online(
+    python: str, tmp_path: Path, subprocess_environment: dict[str, str], small_options: list[str]
+) -> Callable[[str], Online]:
     def run(fault: str) -> Online:
-        done = Online(fault, tmp_path, subprocess_environment, small_options)
+        done = Online(python, fault, tmp_path, subprocess_environment, small_options)
         curves = csv_history(done.folder / "metrics.csv")
         assert set(curves) == set(range(STEPS + 1))
         assert {"temperature"} <= {row["stage"] for row in read_rows(done.folder / "results.jsonl")}

@@ -1,232 +1,191 @@
-"""The zero-shot head against its plain formula, and its cache: made once, never taken for another one's."""
+"""suite.zeroshot=sigmoid through the programs: what rows, files, cards and exports hold, and what is refused."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
+import numpy as np
+import onnxruntime
+import polars as pl
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from PIL import Image
 
-from qatlab import clip as clips
-from qatlab.clip import Clip
-from qatlab.config import ModelConfig
-from qatlab.data import TextTable
-from qatlab.data.prompts import prompts
-from qatlab.errors import UserError
-from qatlab.zeroshot import class_features, cut_batches, encode_text, text_features
+from qatlab.config import Config, deciding
+from qatlab.core.errors import UserError
+from qatlab.evaluate import evaluate
+from qatlab.export import export
+from qatlab.metrics.calibration import expected_calibration_error
+from qatlab.models import clip as clips
+from qatlab.reports.table import SIGMOID
+from qatlab.results.identity import evaluation_id, run_id
+from qatlab.results.run import Run
 
-NAMES = ["circle", "star", "square"]
-TEMPLATES = ["a photo of a {}", "there is a {}"]
-
-
-pytestmark = pytest.mark.usefixtures("cold")
-
-
-@pytest.fixture
-def clip() -> Clip:
-    return clips.load(ModelConfig())
+BIAS = -9.0
+SIGMOIDS = ["suite.zeroshot=sigmoid", "callbacks.temperature=null", "callbacks.refits.kinds=[isotonic]"]
+Options = Callable[..., Config]
 
 
-def table_clip(rows: torch.Tensor, names: list[str]) -> Clip:
-    made = clips.load(ModelConfig())
-    made.model, made.text_table = None, TextTable(rows, names, "test.safetensors:pets")
-    return made
+@contextlib.contextmanager
+def biased() -> Any:
+    """Within it the tiny model has a logit bias, as a SigLIP has."""
+    load = clips.load
+
+    def loaded(*arguments: Any, **options: Any) -> clips.Clip:
+        clip = load(*arguments, **options)
+        return replace(clip, logit_bias=BIAS, facts={**clip.facts, "logit_bias": BIAS})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "load", loaded)
+        yield
 
 
-@torch.no_grad()
-def test_a_class_is_the_unit_mean_of_its_unit_prompts(clip: Clip) -> None:
-    head = class_features(clip, NAMES, TEMPLATES)
-    assert head.names == NAMES
-    assert head.prompts == "2 templates"
-    assert head.features.dtype == torch.float32
-    model: Any = clip.model
-    for name, found in zip(NAMES, head.features.double(), strict=True):
-        mean = torch.zeros(64, dtype=torch.float64)
-        for template in TEMPLATES:
-            raw = model.encode_text(clip.tokenizer([template.format(name)]))[0].double()  # type: ignore[misc]
-            mean += raw / raw.square().sum().sqrt() / len(TEMPLATES)
-        torch.testing.assert_close(found, mean / mean.square().sum().sqrt(), rtol=0, atol=1e-6)
+@pytest.fixture(scope="module")
+def run(small_fit: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of seven bits, which every machine multiplies exactly, whose model has a bias, scored by sigmoids."""
+    with biased():
+        return small_fit("ptq", tmp_path_factory.mktemp("runs"), "quant.weight.bits=7", *SIGMOIDS)
 
 
-def test_one_template_is_named_in_the_results(clip: Clip) -> None:
-    assert class_features(clip, NAMES, ["a photo of a {}"]).prompts == "a photo of a {}"
+def asked(small: Options, run: Run, *overrides: str) -> Config:
+    return small("fp32", f"checkpoint={run.folder}", f"output={run.folder.parent}", *overrides)
 
 
-def test_the_second_time_the_text_tower_is_not_asked(clip: Clip, calls: list[int]) -> None:
-    first = class_features(clip, NAMES, TEMPLATES)
-    assert sum(calls) == len(NAMES) * len(TEMPLATES)
-    calls.clear()
-    again = class_features(clip, NAMES, TEMPLATES)
-    assert calls == []
-    assert torch.equal(first.features, again.features)
+def predictions(run: Run, stage: str) -> pl.DataFrame:
+    return pl.read_parquet(run.folder / "predictions" / f"{stage}.parquet")
 
 
-def test_a_training_text_tower_is_always_asked(clip: Clip, calls: list[int], cold: Path) -> None:
-    for _ in range(2):
-        class_features(clip, NAMES, TEMPLATES, cache=False)
-    assert sum(calls) == 2 * len(NAMES) * len(TEMPLATES)
-    assert not list(cold.rglob("*.safetensors"))
+def test_rows_state_it_and_hold_the_calibration_of_the_largest_sigmoid(run: Run) -> None:
+    rows = run.rows()
+    found = {row["score"]: row.get("zeroshot") for row in rows}
+    assert {score for score, stated in found.items() if stated} == {"zero_shot", "refit_none", "refit_isotonic"}
+    assert found["msp"] is None  # an OOD score is what it is by its definition
+    assert {row["logit_bias"] for row in rows} == {BIAS}
+    for stage in ("fp32", "quantized"):
+        scored = predictions(run, stage).filter(pl.col("dataset") == "id")
+        # MaxLogit is the cosine to the top class.
+        logits = scored["logit_scale"].to_numpy() * scored["max_logit"].to_numpy() + BIAS
+        np.testing.assert_allclose(scored["confidence"].to_numpy(), 1 / (1 + np.exp(-logits)), rtol=1e-12)
+        assert set(scored["logit_bias"]) == {BIAS}
+        row = next(r for r in rows if (r["stage"], r["dataset"], r["score"]) == (stage, "id", "zero_shot"))
+        ece = expected_calibration_error(scored["confidence"].to_numpy(writable=True), scored["correct"].to_list())
+        assert row["metrics"]["ece"] == pytest.approx(ece, rel=1e-12)
+        assert row["metrics"]["nll"] == pytest.approx(scored["nll"].mean(), rel=1e-12)
+        unlabelled = predictions(run, stage).filter(pl.col("dataset") == "near_ood")
+        logits = unlabelled["logit_scale"].to_numpy() * unlabelled["max_logit"].to_numpy() + BIAS
+        np.testing.assert_allclose(unlabelled["confidence"].to_numpy(), 1 / (1 + np.exp(-logits)), rtol=1e-12)
 
 
-def _text_weight(clip: Clip) -> None:
-    model: Any = clip.model
-    model.transformer.resblocks[0].mlp.c_fc.weight.data[0, 0] += 1e-3
+def test_the_same_run_by_a_softmax_has_rows_of_its_own(
+    run: Run, small: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_sigmoid = run.rows()
+    capsys.readouterr()
+    with biased():
+        evaluate(asked(small, run, "callbacks.temperature=null"), "evaluate")
+    assert "zeroshot=sigmoid" not in capsys.readouterr().out
+    added = run.rows()[len(by_sigmoid) :]
+    assert added
+    assert not any("zeroshot" in row for row in added)
+
+    def of(rows: list[dict[str, Any]], score: str) -> dict[str, float]:
+        return next(r["metrics"] for r in rows if (r["stage"], r["score"]) == ("quantized", score))
+
+    assert of(added, "zero_shot")["top1"] == of(by_sigmoid, "zero_shot")["top1"]
+    assert of(added, "zero_shot")["ece"] != of(by_sigmoid, "zero_shot")["ece"]
+    for score in ("msp", "energy", "max_logit", "mcm"):
+        assert of(added, score) == of(by_sigmoid, score)
+    # Asked again, nothing is scored: each way has its definition.
+    with biased():
+        evaluate(asked(small, run, *SIGMOIDS), "evaluate")
+    assert len(run.rows()) == len(by_sigmoid) + len(added)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert SIGMOID in printed
 
 
-def _image_weight(clip: Clip) -> None:
-    model: Any = clip.model
-    model.visual.proj.data[0, 0] += 1e-3
+def told_by_example(folder: Path, photo: Path, session: Any, monkeypatch: Any, capsys: Any) -> dict[str, list[float]]:
+    """{class: the probability that examples/classify.py prints, that of the file's own second output}."""
+    script = Path(__file__).resolve().parents[1] / "examples" / "classify.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(folder), str(photo), "--top", "16"])
+    capsys.readouterr()
+    example = runpy.run_path(str(script), run_name="__main__")
+    printed = re.findall(r"^ +([\d.]+) % +(\S.*)$", capsys.readouterr().out, re.MULTILINE)
+    with Image.open(photo) as image:
+        pixels = example["prepare"](image, json.loads((folder / "export.json").read_text())["preprocess"])
+    (probabilities,) = session.run(["probabilities"], {session.get_inputs()[0].name: pixels[None]})[0]
+    names = np.load(folder / "classes.npz")["id.names"].tolist()
+    return {name: [float(share) / 100, float(probabilities[names.index(name)])] for share, name in printed}
 
 
-def _activation(clip: Clip) -> None:
-    clip.facts["activation"] = "quick_gelu"
+def test_an_export_has_the_sigmoids_and_another_one_is_refused(
+    run: Run, small: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with biased():
+        folder = export(asked(small, run, "format=onnx", "probabilities=true", *SIGMOIDS), "evaluate")
+        about = json.loads((folder / "export.json").read_text())
+        assert (about["zeroshot"], about["logit_bias"]) == ("sigmoid", BIAS)
+        assert "sigmoid of" in (folder / "README.md").read_text()
+        pixels = np.random.default_rng(0).standard_normal((3, 3, 64, 64), dtype=np.float32)
+        session = onnxruntime.InferenceSession(folder / about["file"])
+        features, probabilities = (np.float64(x) for x in session.run(None, {session.get_inputs()[0].name: pixels}))
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        logits = about["logit_scale"] * features @ np.load(folder / "classes.npz")["id"].T + BIAS
+        np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), atol=1e-4)
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
+            tmp_path / "photo.png"
+        )
+        told = told_by_example(folder, tmp_path / "photo.png", session, monkeypatch, capsys)
+        assert len(told) == 16
+        for shown, served in told.values():
+            assert shown == pytest.approx(served, abs=6e-4)
+        rows = [row for row in run.rows() if row["stage"] == "integer_onnx" and row["score"] == "zero_shot"]
+        assert {(row["zeroshot"], row["logit_bias"]) for row in rows} == {("sigmoid", BIAS)}
+        evaluate(asked(small, run, f"checkpoint={folder}", *SIGMOIDS), "evaluate")
+        export(asked(small, run, "format=onnx", "callbacks.temperature=null"), "evaluate")  # by a softmax
+        with pytest.raises(
+            UserError, match=r"suite\.zeroshot=sigmoid, and the export integer_onnx of run \w+ was made"
+        ):
+            evaluate(asked(small, run, f"checkpoint={folder}", *SIGMOIDS), "evaluate")
 
 
 @pytest.mark.parametrize(
-    ("names", "templates", "change", "anew"),
+    ("override", "told"),
     [
-        (NAMES, TEMPLATES, None, False),
-        (NAMES[::-1], TEMPLATES, None, True),
-        (NAMES, TEMPLATES[::-1], None, True),
-        (NAMES, TEMPLATES[:1], None, True),
-        (NAMES, TEMPLATES, _text_weight, True),
-        (NAMES, TEMPLATES, _image_weight, False),
-        (NAMES, TEMPLATES, _activation, True),
+        ("callbacks.temperature.source=proxy", r"callbacks\.temperature refits the logit scale of a softmax"),
+        ("callbacks.refits.kinds=[temperature]", r"set callbacks\.refits\.kinds=\[isotonic\]"),
     ],
 )
-def test_the_cache_goes_by_what_decides_the_features(
-    clip: Clip, calls: list[int], names: list[str], templates: list[str], change: Any, anew: bool
-) -> None:
-    class_features(clip, NAMES, TEMPLATES)
-    calls.clear()
-    if change is not None:
-        change(clip)
-    class_features(clip, names, templates)
-    assert bool(calls) == anew
+def test_refits_of_a_softmax_are_refused(override: str, told: str, small: Options, tmp_path: Path) -> None:
+    others = [option for option in SIGMOIDS if not override.startswith(option.partition("=")[0])]
+    with biased(), pytest.raises(UserError, match=told):
+        evaluate(small("fp32", f"output={tmp_path}", *others, override), "evaluate")
 
 
-def test_a_cached_head_is_the_one_of_these_weights(clip: Clip) -> None:
-    first = class_features(clip, NAMES, TEMPLATES).features
-    _text_weight(clip)
-    model: Any = clip.model
-    model.text_projection.data.mul_(-1)
-    second = class_features(clip, NAMES, TEMPLATES).features
-    assert not torch.equal(first, second)
+def test_a_model_without_a_bias_is_refused(small: Options, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"suite\.zeroshot=sigmoid needs the logit bias .* and tiny has none"):
+        evaluate(small("fp32", f"output={tmp_path}", *SIGMOIDS), "evaluate")
 
 
-def test_encoded_texts_are_unit_vectors_in_any_chunking(clip: Clip) -> None:
-    texts = [f"a photo of a {name}" for name in NAMES]
-    whole, pieces = encode_text(clip, texts), encode_text(clip, texts, batch_size=2)
-    torch.testing.assert_close(whole.norm(dim=1), torch.ones(3))
-    torch.testing.assert_close(whole, pieces)
-    assert not whole.requires_grad
+def test_the_option_changes_no_id_of_a_run_and_none_at_its_default(small: Options) -> None:
+    plain, by_sigmoid = small("ptq"), small("ptq", "suite.zeroshot=sigmoid")
+    assert run_id(plain) == run_id(by_sigmoid)
+    assert "zeroshot" not in deciding(plain.suite)
+    assert evaluation_id(plain) != evaluation_id(by_sigmoid)
 
 
-TEXT = {"context_length": 12, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2}
-VISION = {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
-TOWERS = {
-    "argmax": (open_clip.CLIP, {}),
-    "eos": (open_clip.CLIP, {"pool_type": "eos", "eos_id": 39}),
-    "argmax, a module of its own": (open_clip.CustomTextCLIP, {}),
-    "not causal": (open_clip.CLIP, {"no_causal_mask": True}),
-    "class token": (open_clip.CustomTextCLIP, {"embed_cls": True}),
-    "last": (open_clip.CLIP, {"pool_type": "last"}),
-}
-CUT = ["argmax", "eos", "argmax, a module of its own"]
+def test_a_probe_reads_the_sigmoids(small: Options) -> None:
+    from qatlab.training.student import Student
 
-
-def made(tower: str) -> Any:
-    torch.manual_seed(0)
-    kind, options = TOWERS[tower]
-    model = kind(embed_dim=24, vision_cfg=VISION, text_cfg={**TEXT, **options}).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model
-
-
-def some_tokens(texts: list[str]) -> Tensor:
-    """A text is a number of words; its end has the highest id, and its first word the padding's."""
-    rows = [[38, *range(int(text)), 39] for text in texts]
-    return torch.tensor([row + [0] * (12 - len(row)) for row in rows])
-
-
-@pytest.mark.parametrize("tower", TOWERS)
-def test_features_are_those_of_the_whole_context(tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, texts = made(tower), [str(words) for words in (3, 1, 10, 2, 1, 5, 4, 1, 7)]
-    clip = clips.load(ModelConfig())
-    clip.model, clip.tokenizer = model, some_tokens
-    expected = normalize(model.encode_text(some_tokens(texts)), dim=-1)
-    lengths, encode = [], model.encode_text
-    monkeypatch.setattr(model, "encode_text", lambda tokens: (lengths.append(tokens.shape[1]), encode(tokens))[1])
-    found = encode_text(clip, texts, batch_size=2)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert lengths == ([3, 4, 6, 9, 12] if tower in CUT else [12] * 5)
-    assert model.state_dict().keys() == made(tower).state_dict().keys()
-    assert torch.equal(encode(some_tokens(texts)), model.encode_text(some_tokens(texts)))
-
-
-@torch.no_grad()
-def test_the_tiny_models_features_are_those_of_the_whole_context(clip: Clip) -> None:
-    texts = ["a circle", "a photo of a small red star in the sky", "there is a square", "a"]
-    model: Any = clip.model
-    whole = normalize(model.encode_text(clip.tokenizer(texts)), dim=-1)  # type: ignore[misc]
-    torch.testing.assert_close(encode_text(clip, texts), whole, rtol=0, atol=1e-5)
-    torch.testing.assert_close(encode_text(clip, texts, batch_size=1), whole, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("templates", ["imagenet80", "imagenet7", "mcm"])
-def test_a_fraction_of_the_tokens_of_imagenets_prompts_is_encoded(templates: str) -> None:
-    texts = [text for of_class in prompts(templates).of(open_clip.IMAGENET_CLASSNAMES[::8]) for text in of_class]
-    tokens = open_clip.get_tokenizer("ViT-B-32")(texts)
-    model = open_clip.CLIP(embed_dim=8, vision_cfg=VISION, text_cfg={"width": 16, "heads": 1, "layers": 1})
-    batches = list(cut_batches(model, tokens, 256))
-    assert sorted(torch.cat([rows for rows, _ in batches]).tolist()) == list(range(len(texts)))
-    for rows, length in batches:
-        assert not tokens[rows, length:].any()
-    assert sum(len(rows) * length for rows, length in batches) <= 0.2 * tokens.numel()
-
-
-def test_a_packaged_set_is_named_in_the_results(clip: Clip, calls: list[int]) -> None:
-    head = class_features(clip, NAMES, "mcm")
-    assert head.prompts == "mcm"
-    calls.clear()
-    same = class_features(clip, NAMES, ["a photo of a {}"])
-    assert same.prompts == "a photo of a {}"
-    assert torch.equal(head.features, same.features)
-    assert calls == []
-
-
-def test_texts_of_no_class_are_encoded_once(clip: Clip, calls: list[int]) -> None:
-    texts = ["a photo", "a picture of the sky"]
-    first = text_features(clip, texts)
-    assert calls == [2]
-    assert torch.equal(text_features(clip, texts), first)
-    assert calls == [2]
-    text_features(clip, texts[::-1])
-    text_features(clip, texts, cache=False)
-    assert calls == [2, 2, 2]
-    torch.testing.assert_close(first, encode_text(clip, texts))
-
-
-def test_a_table_gives_its_rows_in_the_order_asked_for() -> None:
-    clip = table_clip(torch.eye(3), ["cat", "dog", "fish"])
-    assert torch.equal(class_features(clip, None, TEMPLATES).features, torch.eye(3))
-    head = class_features(clip, ["fish", "cat"], TEMPLATES)
-    assert torch.equal(head.features, torch.eye(3)[[2, 0]])
-    assert (head.names, head.prompts) == (["fish", "cat"], "test.safetensors:pets")
-
-
-def test_mistakes_are_told_in_a_sentence(clip: Clip) -> None:
-    with pytest.raises(UserError, match=r"has 0 rows for suite.class_names' 'cow'"):
-        class_features(table_clip(torch.eye(2), ["cat", "dog"]), ["cow", "hen", "cat"], TEMPLATES)
-    with pytest.raises(UserError, match=r"suite\.templates=.*needs a \{\}"):
-        class_features(clip, NAMES, ["a photo of a {}", "a photo"])
-    with pytest.raises(UserError, match=r"names no classes"):
-        class_features(clip, None, TEMPLATES)
-    clip.model = None
-    with pytest.raises(UserError, match=r"no text tower.*model\.text_features"):
-        class_features(clip, NAMES, TEMPLATES)
+    with biased():
+        clip = clips.load(small("ptq").model)
+    for zeroshot, bias in (("sigmoid", BIAS), ("softmax", None)):
+        student = Student(small("ptq", f"suite.zeroshot={zeroshot}"), clip, torch.nn.Identity())
+        assert [view.logit_bias for view in student.views] == [bias]

@@ -1,27 +1,31 @@
-"""The embedded world behind the `data` option: caption shards in the cache, and the endless stream of pretraining."""
+"""The embedded world as training data: caption shards in the cache, and an endless stream for pretraining."""
 
 from __future__ import annotations
 
+from typing import Annotated, NoReturn
+
 import torch
 
-from qatlab.cache import cache_dir, digest, locked
-from qatlab.data.captions import CaptionShards
-from qatlab.data.embedded import CLASS_NAMES, lesson, write_caption_shards
-from qatlab.data.samples import Captioned
-from qatlab.data.shards import expand_shards
-from qatlab.data.transforms import Preprocess
-from qatlab.data.vocabulary import caption
-from qatlab.data.world import VERSION, render
-from qatlab.errors import UserError
+from qatlab.core.domains import AtLeast, Count, Seed
+from qatlab.core.errors import UserError
+from qatlab.core.files import cache_dir, locked
+from qatlab.core.hashing import digest
+from qatlab.data.captions.locate import expand_shards
+from qatlab.data.captions.samples import Captioned
+from qatlab.data.captions.source import CaptionShards
+from qatlab.data.embedded.sets import CLASS_NAMES, lesson, write_caption_shards
+from qatlab.data.embedded.vocabulary import caption
+from qatlab.data.embedded.world import VERSION, render
+from qatlab.data.preprocess import Preprocess
 
 
 class RenderedShards(CaptionShards):
     """The shards of ``samples`` captioned images of the world, written once into the cache when they are first read.
 
-    They go through the very code that reads CC3M.
+    The same code reads them as reads CC3M.
     """
 
-    def __init__(self, name: str, samples: int, seed: int, cache: bool = False) -> None:
+    def __init__(self, name: str, samples: Count, seed: Seed, cache: bool = False) -> None:
         super().__init__(None, name, cache=cache)
         self.samples = samples
         self.seed = seed
@@ -29,7 +33,8 @@ class RenderedShards(CaptionShards):
     def _expanded(self) -> list[str]:
         name = f"captions-v{VERSION}-{self.samples}-{self.seed}"
         folder = cache_dir("embedded", name)
-        with locked(name):  # written twice, they would change under the process that is reading them
+        # Two processes may come here at once. Without the lock the second could write shards that the first is reading.
+        with locked(name):
             write_caption_shards(folder, self.samples, per_shard=500, seed=self.seed)
         return expand_shards(str(folder))
 
@@ -37,32 +42,40 @@ class RenderedShards(CaptionShards):
 class RenderedStream:
     """Captioned, labelled images rendered while training: sample i is a pure function of (seed, i, total).
 
-    ``total`` is fit.steps x fit.batch_size, which the curriculum is measured against. Stands where CaptionShards stands.
+    ``total`` is fit.steps · fit.batch_size; the share i / total decides the lesson. The class has the interface of
+    CaptionShards.
     """
 
+    # The readers of CaptionShards ask for these two attributes.
+    captioned = True
     text_bank = None
 
-    def __init__(self, name: str, steps: int, batch_size: int) -> None:
+    def __init__(self, name: str, steps: Annotated[int, AtLeast(0)], batch_size: Count) -> None:
         self.name = name
         self.steps = steps
         self.batch_size = batch_size
 
     def prepare(self) -> list[str]:
-        """Return no shards: there is nothing to check."""
+        """Return [], because there are no shards to check."""
         return []
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that tell which images these are."""
+        """Return 16 hex digits, a hash of everything that decides the images."""
         return digest(f"world {VERSION}, {self.steps} steps of {self.batch_size}")[:16]
 
-    def first(self, n: int, preprocess: Preprocess, seed: int = 0) -> Captioned:
-        """Raise UserError: a looped or calibration set is read from shards, data=embedded."""
+    def require(self, n: int) -> NoReturn:
+        """Raise UserError, because a stream has no first samples to loop over or to calibrate on."""
         raise UserError(
             f"data={self.name} renders while it trains and has no fixed first {n} samples; use data=embedded."
         )
 
+    def first(self, n: int, preprocess: Preprocess, seed: int = 0) -> Captioned:
+        """Raise UserError as ``require`` does."""
+        self.require(n)
+
     def batch(self, step: int, batch_size: int, rank: int, world: int, preprocess: Preprocess, seed: int) -> Captioned:
-        """Return the rows ``rank::world`` of batch ``step``, with their labels."""
+        """Return the rows ``rank::world`` of batch ``step``: images (n, 3, 64, 64) uint8, captions, keys and labels (n,) int64."""
+        # As in CaptionShards.batch, rank r has the rows r, r + world, ... of the global batch.
         mine = range(step * batch_size + rank, (step + 1) * batch_size, world)
         specs = [lesson(i, self.steps * self.batch_size, seed) for i in mine]
         return Captioned(

@@ -1,4 +1,4 @@
-"""Class embeddings on disk: the zero-shot head of a model whose text tower is not at hand."""
+"""Text tables: class embeddings in a file, for models without a text tower."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qatlab.cache import atomic
-from qatlab.errors import UserError, nearest
+from qatlab.core.errors import UserError, nearest
+from qatlab.core.files import atomic, user_path
+from qatlab.data.textfiles import parse_json, read_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +32,10 @@ def load_text_table(spec: str) -> TextTable:
     """Return the table that "PATH.safetensors:TABLE" names; ``:TABLE`` may be left out when the file holds one.
 
     Rows are brought to unit length in float32. Names come from the file's metadata key ``names`` or from a JSON file
-    beside it, ``<stem>.json`` or ``<stem>_names.json``, with or without the stem's ending ``_fp16`` / ``_fp32``: a
-    list, or a dict keyed by the table or by the part of its name before the first dot. Raises UserError for a missing
-    file or table, names that are missing or of another number, and rows that are zero or not finite.
+    beside it, ``<stem>.json`` or ``<stem>_names.json``; an ending ``_fp16`` or ``_fp32`` of the stem may be left out.
+    The names are a list, or a dict keyed by the table's name or by the part of this name before the first dot. Raises
+    UserError for a missing file or table, for missing names or a wrong number of them, and for rows that are zero or
+    not finite.
     """
     path, wanted = _split(spec)
     try:
@@ -52,13 +54,14 @@ def load_text_table(spec: str) -> TextTable:
 
 
 def save_text_table(path: str | Path, tables: Mapping[str, TextTable]) -> None:
-    """Write tables {name: table} into one safetensors file that ``load_text_table`` reads, names in its metadata.
+    """Write ``tables`` {name: table} to one safetensors file for ``load_text_table``; class names are in its metadata.
 
     Raises UserError when a table's rows and names differ in number, or a row is zero or not finite.
     """
     for key, table in tables.items():
         if len(table.names) != len(table.features):
             raise UserError(f"The table '{key}' has {len(table.features)} rows but {len(table.names)} names.")
+    # Rows are checked before the file is written, so that no table is left on disk that cannot be read back.
     tensors = {key: _unit_rows(table.features, key) for key, table in tables.items()}
     names = json.dumps({key: table.names for key, table in tables.items()})
     with atomic(Path(path)) as temporary:
@@ -66,10 +69,11 @@ def save_text_table(path: str | Path, tables: Mapping[str, TextTable]) -> None:
 
 
 def _split(spec: str) -> tuple[Path, str | None]:
+    # Only a colon behind the suffix separates the table, because a path may contain colons.
     match = re.fullmatch(r"(.+\.safetensors)(?::(.*))?", str(spec))
     if match is None:
         raise UserError(f"'{spec}' names no text table; write PATH.safetensors:TABLE.")
-    path = Path(match[1]).expanduser()
+    path = user_path(match[1])
     if not path.is_file():
         raise UserError(f"The text table {path} does not exist; check the path in '{spec}'.")
     return path, match[2] or None
@@ -91,6 +95,7 @@ def _unit_rows(raw: Tensor, source: str) -> Tensor:
         raise UserError(
             f"{source} is {str(raw.dtype)[6:]} of shape {tuple(raw.shape)}; expected (classes, dimensions) of floats."
         )
+    # Rows in half precision become float32 first, because in float16 their length would be rounded to 1e-3.
     features = raw.float()
     lengths = features.norm(dim=1, keepdim=True)
     bad = (~torch.isfinite(lengths) | (lengths == 0)).flatten().nonzero().flatten()
@@ -98,30 +103,27 @@ def _unit_rows(raw: Tensor, source: str) -> Tensor:
         raise UserError(
             f"{source}: row {int(bad[0])} is zero or not finite ({len(bad)} such rows); compute the embeddings again."
         )
+    # safetensors refuses to write a view that is not contiguous.
     return (features / lengths).contiguous()
 
 
 def _names(path: Path, table: str, metadata: dict[str, str]) -> list[str]:
     if "names" in metadata:
-        return _chosen(_parsed(metadata["names"], f"{path} (metadata 'names')"), table, path)
+        return _chosen(parse_json(metadata["names"], f"{path} (metadata 'names')"), table, path)
+    # A file of names is often shared by a table in fp16 and in fp32, and then has a name without this ending.
     stems = dict.fromkeys([path.stem, re.sub(r"_fp(16|32)$", "", path.stem)])
     beside = [path.with_name(f"{stem}{ending}.json") for stem in stems for ending in ("", "_names")]
     for file in beside:
         if file.is_file():
-            return _chosen(_parsed(file.read_text(encoding="utf-8"), str(file)), table, file)
+            return _chosen(read_json(file), table, file)
     raise UserError(f"{path} has no class names; write them beside it as a JSON list in {beside[-1].name}.")
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"The class names of {where} are no JSON: {error}.") from error
-
-
 def _chosen(content: Any, table: str, where: Path) -> list[str]:
-    """The list of names of one table out of what the JSON held."""
+    """Return the class names of one table from the content of a JSON file."""
     if isinstance(content, dict):
+        # Tables whose names differ only behind the first dot, for example by their prompts, share one list of class
+        # names.
         keys = [key for key in (table, table.split(".")[0]) if key in content]
         if not keys:
             raise UserError(f"{where} has no names for the table '{table}'; it has: {', '.join(content)}.")

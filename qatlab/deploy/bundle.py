@@ -3,57 +3,56 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qatlab.core.hashing import file_digest
+from qatlab.deploy.certified import runtime
+from qatlab.deploy.contents import ABOUT
+from qatlab.deploy.cpu import cpu
+from qatlab.deploy.formats.onnx import OPSET
 from qatlab.deploy.integer import integer_layers
-from qatlab.deploy.onnx import OPSET
-from qatlab.deploy.runtimes import ABOUT, hash_of
+from qatlab.deploy.saturation import wide_layers
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from qatlab.study import Study
-
 CLASSES = "classes.npz"
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 
 
-def describe(study: Study, integer: nn.Module, folder: Path, file: Path, form: str) -> None:
-    """Write export.json and classes.npz beside the model ``file``: how images are prepared, and what they are told from.
-
-    classes.npz holds, for every ID reference r, its class embeddings r (C, D) float32 and their names r.names (C,).
-    """
-    heads = study.module.heads
-    arrays: dict[str, Any] = {name: head.classes.features.numpy() for name, head in heads.items()}
-    arrays |= {f"{name}.names": np.array(head.classes.names) for name, head in heads.items()}
+def write_classes(folder: Path, classes: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> None:
+    """Write classes.npz: for every ID reference r its class embeddings r (C, D) float32 and their names r.names (C,)."""
+    arrays: dict[str, Any] = {}
+    for reference, (features, names) in classes.items():
+        # The names are stored as an array of strings, which np.load reads without unpickling.
+        arrays |= {reference: features, f"{reference}.names": np.array(names)}
     np.savez(folder / CLASSES, allow_pickle=False, **arrays)
-    layers = {name: [of.weight_bits, of.act_bits] for name, of in integer_layers(integer).items()}
+
+
+def describe(folder: Path, file: Path, form: str, integer: nn.Module, exact: bool, **facts: Any) -> None:
+    """Write export.json beside the model ``file``: what it is, what runs it, and the checksum of every file that is there.
+
+    ``exact`` is whether exact products were asked for, ``facts`` is what the run says of its model and how images are
+    prepared.
+    """
+    layers = {name: [layer.weight_bits, layer.act_bits] for name, layer in integer_layers(integer).items()}
     update(
         folder,
         format=form,
         file=file.name,
-        runtime=f"{RUNTIMES[form]} {version(RUNTIMES[form])}",
-        run=study.run.id,
-        **study.facts(study.stages[-1]),
+        runtime=runtime(form),
+        cpu=cpu(),
+        # Products with weights of up to 7 bits fit into sixteen bits: such a model is exact without being asked to be.
+        exact=exact or not wide_layers(integer),
+        **facts,
         opset=OPSET if form == "onnx" else None,
         layers=layers,
-        features=int(next(iter(heads.values())).classes.features.shape[1]),
-        preprocess=asdict(study.clip.preprocess),
-        logit_scale=served_scale(study),
-        sha256={path.name: hash_of(path) for path in sorted(folder.iterdir()) if path.name != ABOUT},
+        # export.json cannot hold its own checksum.
+        sha256={path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != ABOUT},
     )
-
-
-def served_scale(study: Study) -> float:
-    """Return the logit scale that probabilities are to be computed with: the refitted one where the run has it."""
-    scales = study.state()
-    fitted = [scale for name, scale in scales.items() if name.startswith("temperature")]
-    return fitted[-1] if fitted else study.module.logit_scale
 
 
 def update(folder: Path, **facts: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A quantized encoder in the form that is exported: integer weights, and activations rounded where a runtime looks for it."""
+"""The form of a quantized encoder that is exported: integer weights, and quantize and dequantize steps for activations."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 
-from qatlab.errors import UserError
-from qatlab.quant.dynamic import DynamicMinMax
-from qatlab.quant.layers import QuantLayer, quant_layers
-from qatlab.quant.lsq_plus import LSQPlus
-from qatlab.quant.quantizer import Quantizer
+from qatlab.core.errors import UserError
+from qatlab.quant.layers.linear import QuantConv2d, QuantLayer, RightFactor
+from qatlab.quant.layers.walk import quant_layers
+from qatlab.quant.quantizers.base import Quantizer
+from qatlab.quant.quantizers.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.lsq_plus import LSQPlus
 
 _OPS = torch.ops.quantized_decomposed
-LOW, HIGH, MIDDLE = (
-    0,
-    255,
-    128,
-)  # unsigned activations: signed grids shifted by 128, the pair that CPUs multiply fastest
+# Activations are unsigned, that is a signed grid shifted by 128: unsigned times signed bytes is the product that CPUs
+# are fastest at.
+LOW, HIGH, MIDDLE = 0, 255, 128
 
 
-class IntegerLayer(nn.Module):
-    """A ``QuantLayer`` as integer runtimes know it: quantize, dequantize, and the product with a dequantized int8 weight.
+class IntegerLayer(RightFactor, nn.Module):
+    """A ``QuantLayer`` in the form of integer runtimes: quantize, dequantize, and a product with a dequantized int8 weight.
 
-    The same values as the simulation's up to the order of sums. Runtimes fuse the three into one integer product.
-    Raises UserError, naming the layer, for what is not one grid for the input and one per tensor or channel of the weight.
+    Its values are equal to those of the simulation up to the order of sums. Runtimes fuse the three steps into one
+    integer product. Raises UserError, naming the layer, unless the input has one grid, and the weight one grid or one
+    per channel.
     """
 
     codes: Tensor
@@ -42,7 +42,8 @@ class IntegerLayer(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scale.expand(len(codes)).contiguous())
         self.register_buffer("zeros", torch.zeros(len(codes), dtype=torch.int64))
-        # A learned offset is no whole number of steps: it is subtracted, and what it would have added is the bias's.
+        # LSQ+ learns an offset b of the input, which no integer zero point can hold: W (x + b) = W x + W b. So b is
+        # subtracted before rounding, and the bias takes up W b, a constant.
         self.offset = float(act.offset.detach()) if isinstance(act, LSQPlus) else 0.0
         if self.offset:
             moved = self.offset * layer.quantized_weight().detach().flatten(1).sum(1)
@@ -50,43 +51,45 @@ class IntegerLayer(nn.Module):
         zero = 0 if self.offset else int(act.zero_point)
         self.scale, self.zero = float(act.scale.detach()), zero + MIDDLE
         self.ends: tuple[float, float] | None = None
-        if act.bits < 8:  # runtimes saturate at the ends of eight bits
+        if act.bits < 8:  # runtimes clip at the ends of eight bits: a narrower grid is clipped before, in floats
             self.ends = (act.qmin - zero) * self.scale, (act.qmax - zero) * self.scale
         self.weight_bits, self.act_bits = weight.bits, act.bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output."""
+        """Return the layer's output for the input ``x`` (..., K), as the simulation's layer shapes it."""
+        # Quantize, dequantize, multiply: runtimes look for this pattern and put one integer product in its place.
         x = _OPS.dequantize_per_tensor(self.rounded(x), self.scale, self.zero, LOW, HIGH, torch.uint8)
         weight = _OPS.dequantize_per_channel(self.codes, self.scales, self.zeros, 0, -128, 127, torch.int8)
         return self.shell.compute(x, weight)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Return the codes of the input, uint8, in its shape."""
+        """Return the codes of the input ``x`` of any shape, uint8 of the same shape."""
         if self.offset:
             x = x - self.offset
         if self.ends is not None:
             x = x.clamp(*self.ends)
         return _OPS.quantize_per_tensor(x, self.scale, self.zero, LOW, HIGH, torch.uint8)
 
-    def __rmatmul__(self, x: Tensor) -> Tensor:
-        return self(x)  # a projection that its owner applies as x @ P
-
 
 class Classifier(nn.Module):
-    """Returns features (B, D) and probabilities (B, C): softmax of ``logit_scale`` times the cosines to ``classes`` (C, D)."""
+    """Returns features (B, D) and probabilities (B, C): softmax of ``logit_scale`` times the cosines to ``classes`` (C, D).
+
+    With a ``logit_bias`` b each probability is sigmoid(s c + b) of its own cosine c, at the scale s.
+    """
 
     classes: Tensor
 
-    def __init__(self, visual: nn.Module, classes: Tensor, logit_scale: float) -> None:
+    def __init__(self, visual: nn.Module, classes: Tensor, logit_scale: float, logit_bias: float | None = None) -> None:
         super().__init__()
-        self.visual, self.logit_scale = visual, logit_scale
+        self.visual, self.logit_scale, self.logit_bias = visual, logit_scale, logit_bias
         self.register_buffer("classes", classes.clone())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both."""
+        """Return the features (B, D) and probabilities (B, C) of normalised ``images`` (B, 3, S, S)."""
         features = self.visual(images)
         cosines = nn.functional.normalize(features, dim=-1) @ self.classes.T
-        return features, (self.logit_scale * cosines).softmax(-1)
+        logits = self.logit_scale * cosines
+        return features, logits.softmax(-1) if self.logit_bias is None else (logits + self.logit_bias).sigmoid()
 
 
 def integer_copy(visual: nn.Module) -> nn.Module:
@@ -97,6 +100,7 @@ def integer_copy(visual: nn.Module) -> nn.Module:
     layers = quant_layers(visual)
     if not layers:
         raise UserError("nothing of this encoder is quantized: there is no integer model to export.")
+    # All layers are checked before the copy is made, because an encoder may have hundreds of megabytes.
     for name, layer in layers.items():
         _static(layer, name)
     model = copy.deepcopy(visual).eval()
@@ -113,22 +117,34 @@ def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
 
 
 def _static(layer: QuantLayer, name: str) -> tuple[Quantizer, Quantizer]:
-    """Return both quantizers of a layer whose product is one of integers."""
+    """Return the quantizers of the weight and of the input; raises UserError if the layer's product has no integer form."""
     weight, act = layer.weight_quantizer, layer.act_quantizer
     for said, quantizer in (("weight", weight), ("input", act)):
         if quantizer is None:
             raise _inexact(name, f"its {said} is not quantized")
     assert weight is not None
     assert act is not None
+    # LoRA's path runs beside the product in full precision, and cannot be merged into integers exactly.
     if layer.adapter is not None:
         raise _inexact(name, f"{type(layer.adapter).__name__} beside it reads the full-precision input")
     if not weight.integer_product or getattr(weight, "group_size", None):
         raise _inexact(
             name, f"{type(weight).__name__} has no grid per tensor or output channel in the basis of its input"
         )
+    # A scale per input channel cannot be taken out of the sum over the channels, and a scale per token is not static.
     if act.per_channel or isinstance(act, DynamicMinMax):
         raise _inexact(name, f"{type(act).__name__} rounds its input with a scale for each channel or token")
+    # Where a convolution pads, the offset that its bias takes up would be added around the image too.
+    if isinstance(act, LSQPlus) and isinstance(layer, QuantConv2d) and _pads(layer):
+        raise _inexact(name, "LSQPlus adds an offset to its input, which the zeros around the image do not have")
     return weight, act
+
+
+def _pads(layer: QuantConv2d) -> bool:
+    """Return whether a convolution reads zeros around its input."""
+    if isinstance(layer.padding, str):
+        return layer.padding == "same" and max(layer.kernel_size) > 1
+    return any(layer.padding)
 
 
 def _inexact(name: str, why: str) -> UserError:
@@ -139,7 +155,8 @@ def _inexact(name: str, why: str) -> UserError:
 
 
 def _shell(layer: QuantLayer) -> QuantLayer:
-    """Return ``layer`` without its weight and quantizers: what is left multiplies."""
+    """Return a copy of ``layer`` without weight and quantizers; it only multiplies."""
+    # The copy is shallow but has tables of its own, so that removing entries does not change ``layer``.
     shell = copy.copy(layer)
     shell._parameters, shell._modules = dict(layer._parameters), dict(layer._modules)
     shell.bias = None if layer.bias is None else _constant(layer.bias)

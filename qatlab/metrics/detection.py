@@ -1,8 +1,8 @@
 """How well scores separate in-distribution (ID) from out-of-distribution (OOD) images: exact, in float64.
 
 Every function takes ``id_scores`` (N,) and ``ood_scores`` (M,), arrays or tensors on any scale, higher = more
-in-distribution, and raises ValueError on an empty or non-finite side. Nothing is flipped: what is worse than chance
-stays worse than chance.
+in-distribution, and raises ValueError on an empty or non-finite side. No score is flipped: a score that is worse than
+chance stays worse than chance.
 """
 
 from __future__ import annotations
@@ -51,21 +51,26 @@ def fpr95_ood_pos(id_scores: Any, ood_scores: Any) -> float:
 
 
 def detection(id_scores: Any, ood_scores: Any) -> dict[str, float]:
-    """Return all five measures under their names, with every score sorted once."""
+    """Return {measure: value} of all five measures, with every score sorted once for all of them."""
     inside, outside = np.sort(finite_scores(id_scores, "ID")), np.sort(finite_scores(ood_scores, "OOD"))
     return {name: measure(inside, outside) for name, measure in _MEASURES.items()}
 
 
 def at_least_95_percent(n: int) -> int:
     """Return the smallest k with k/n >= 0.95, exactly."""
+    # ⌈95 n / 100⌉ is computed in whole numbers, because 0.95 has no exact float.
     return -(-95 * n // 100)
 
 
 def finite_scores(scores: Any, side: str) -> np.ndarray:
-    """Return the scores as a float64 array; ValueError, naming the side, on none and on NaN or infinite ones."""
+    """Return the ``scores``, of any shape, as a float64 array (n,).
+
+    Raises ValueError, naming the ``side``, on no score and on a NaN or infinite one.
+    """
     values = as_array(scores, np.float64).ravel()
     if not len(values):
         raise ValueError(f"there are no {side} scores")
+    # A NaN would be sorted to the end and count as the most in-distribution image.
     bad = int((~np.isfinite(values)).sum())
     if bad:
         raise ValueError(f"{bad} of {len(values)} {side} scores are NaN or infinite")
@@ -77,30 +82,37 @@ def _measured(measure: Callable[[np.ndarray, np.ndarray], float], id_scores: Any
 
 
 def _auroc(inside: np.ndarray, outside: np.ndarray) -> float:
+    # Both sums count ID images per OOD image: those strictly below,
+    # and those below or equal. A tie is in one sum only, hence ½.
     below = np.searchsorted(inside, outside, side="left").sum()
     not_above = np.searchsorted(inside, outside, side="right").sum()
+    # The sums are whole numbers, so the last division is the only rounding.
     pairs = 2 * len(inside) * len(outside)
     return (pairs - int(below) - int(not_above)) / pairs
 
 
 def _aupr_in(inside: np.ndarray, outside: np.ndarray) -> float:
+    # The threshold is each ID score in turn: images with a score at or above the threshold are accepted.
     accepted_id = len(inside) - np.searchsorted(inside, inside, side="left")
     accepted_ood = len(outside) - np.searchsorted(outside, inside, side="left")
     return float(np.mean(accepted_id / (accepted_id + accepted_ood)))
 
 
 def _aupr_out(inside: np.ndarray, outside: np.ndarray) -> float:
+    # The threshold is each OOD score in turn: images with a score at or below the threshold are flagged as OOD.
     flagged_ood = np.searchsorted(outside, outside, side="right")
     flagged_id = np.searchsorted(inside, outside, side="right")
     return float(np.mean(flagged_ood / (flagged_id + flagged_ood)))
 
 
 def _fpr95_id_pos(inside: np.ndarray, outside: np.ndarray) -> float:
+    # The threshold is the k-th largest ID score, with k images at least 95 %; a higher threshold would accept fewer.
     threshold = inside[len(inside) - at_least_95_percent(len(inside))]
     return float(len(outside) - np.searchsorted(outside, threshold, side="left")) / len(outside)
 
 
 def _fpr95_ood_pos(inside: np.ndarray, outside: np.ndarray) -> float:
+    # The threshold is the k-th smallest OOD score, with k images at least 95 %; a lower threshold would flag fewer.
     threshold = outside[at_least_95_percent(len(outside)) - 1]
     return float(np.searchsorted(inside, threshold, side="right")) / len(inside)
 

@@ -1,9 +1,10 @@
-"""Scores that tell in-distribution (ID) from out-of-distribution (OOD) images, by name."""
+"""Scores that separate in-distribution (ID) from out-of-distribution (OOD) images, by name."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
-from inspect import Parameter, signature
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -37,14 +38,16 @@ def max_logit(cosines: Tensor) -> Tensor:
 def entropy(cosines: Tensor, logit_scale: float) -> Tensor:
     """Return minus the entropy of softmax(s c), (N,) float64 in −log C..0 nats, of ``cosines`` (N, C).
 
-    MCM's code compares with it, at a scale of 1 (Ming et al. 2022).
+    MCM's code has this score for comparison, at a scale of 1 (Ming et al. 2022).
     """
     values = []
     for rows in blocks(cosines):
         gaps = cosines[rows].double()
+        # The top cosine is subtracted, so that no exponent is above 0 and no scale overflows.
         top, best = gaps.max(dim=1, keepdim=True)
         gaps = (gaps - top).mul_(logit_scale)
-        # Σ over all classes but the top one, whose own term is 1: certain images would tie in log(1 + Σ)
+        # The sum leaves out the top class, whose term is exactly 1. For very certain images the sum is tiny: 1 + sum
+        # would round to 1 and tie such images, but log1p keeps them apart.
         others = gaps.exp().scatter_(1, best, 0.0)
         mass = others.sum(dim=1)
         values.append((others * gaps).sum(dim=1) / (1 + mass) - mass.log1p())
@@ -73,31 +76,90 @@ ALL_SCORES: dict[str, Callable[..., Tensor]] = SCORES | {
 }
 """Every score: name -> function giving (N,) float64, higher = more in-distribution.
 
-A score asks for what it needs by the names of its parameters: ``cosines`` (N, C) to the ID classes; the settings
-``logit_scale`` and ``temperature``; ``features`` (N, D), unit rows; ``local`` (N,) of ``glmcm.local_mcm``; ``negatives``, the
+The parameters have the same names everywhere: ``cosines`` (N, C) to the ID classes; the settings ``logit_scale`` and
+``temperature``; ``features`` (N, D), unit rows; ``local`` (N,) of ``glmcm.local_mcm``; ``negatives``, the
 ``neglabel.NegLabels``; ``generic`` (K, D), encoded prompts of no class; and what was fitted on ID images that are not
 scored: ``gaussian``, ``neighbours``, ``subspace`` (``features.fit_*``).
 """
 
+NEEDS: dict[str, tuple[str, ...]] = {
+    "msp": ("cosines", "logit_scale"),
+    "energy": ("cosines", "logit_scale"),
+    "max_logit": ("cosines",),
+    "mcm": ("cosines",),
+    "entropy": ("cosines", "logit_scale"),
+    "gl_mcm": ("cosines", "local"),
+    "neglabel": ("features", "negatives"),
+    "generic_negative": ("cosines", "features", "generic", "logit_scale"),
+    "mahalanobis": ("features", "gaussian"),
+    "knn": ("features", "neighbours"),
+    "vim": ("features", "cosines", "logit_scale", "subspace"),
+}
+"""The inputs without which each of ``ALL_SCORES`` cannot be computed, by the names of its parameters."""
+
+INPUTS = (
+    *("cosines", "logit_scale", "temperature", "features", "local", "negatives", "generic"),
+    *("gaussian", "neighbours", "subspace"),
+)
+"""What a score may ask for, by the names of its parameters."""
+
+# Inputs that a score takes where they are given; the score has a default for each of them.
+_OPTIONS: dict[str, tuple[str, ...]] = {"mcm": ("temperature",), "gl_mcm": ("temperature", "local_weight")}
+
+
+class ScoreShapeError(ValueError):
+    """A score gave something else than a number for every image."""
+
+
+def score_function(name: str) -> Callable[..., Tensor]:
+    """Return the function of a score: one of ``ALL_SCORES``, or what a dotted name, "my.scores.mine", names, imported.
+
+    Raises ImportError or AttributeError where that names nothing.
+    """
+    if name in ALL_SCORES:
+        return ALL_SCORES[name]
+    module, _, function = name.rpartition(".")
+    found: Callable[..., Tensor] = getattr(import_module(module), function)
+    return found
+
+
+def needs_of(name: str) -> tuple[str, ...]:
+    """Return what a score cannot be computed without: by ``NEEDS``, or those of ``INPUTS`` that its parameters name."""
+    if name in NEEDS:
+        return NEEDS[name]
+    # By its signature, as no table can hold a function of the user.
+    return tuple(parameter for parameter in inspect.signature(score_function(name)).parameters if parameter in INPUTS)
+
+
+def has_temperature(name: str) -> bool:
+    """Return whether a score takes MCM's temperature."""
+    return "temperature" in (*needs_of(name), *_OPTIONS.get(name, ()))
+
 
 def inputs_of(names: Iterable[str]) -> set[str]:
-    """Return what the named ``ALL_SCORES`` need together, by the names above; a parameter with a default is no need."""
-    asked = (parameter for name in names for parameter in signature(ALL_SCORES[name]).parameters.values())
-    return {parameter.name for parameter in asked if parameter.default is Parameter.empty}
+    """Return what the named scores need together, by the names of their parameters (``needs_of``)."""
+    return {need for name in names for need in needs_of(name)}
 
 
 def score_images(
     names: Iterable[str], cosines: Tensor, logit_scale: float, temperature: float, **inputs: Any
 ) -> dict[str, Tensor]:
-    """Return {name: (N,) float64 score} for the named ``ALL_SCORES``, each given those of the inputs that it asks for.
+    """Return {name: (N,) float64 score} for the named scores, each given those of the inputs that it asks for.
 
-    Raises ValueError when a score needs what is not there.
+    Names are those of ``ALL_SCORES`` and dotted ones (``score_function``). ``cosines`` (N, C) to the ID classes,
+    ``logit_scale`` s > 0, ``temperature`` that of MCM and GL-MCM; ``ALL_SCORES`` says what the other ``inputs`` may be.
+    Inputs that no named score asks for are ignored. Raises ValueError when a score needs an input that is missing, and
+    when one gives no number per image.
     """
     given = {"cosines": cosines, "logit_scale": logit_scale, "temperature": temperature, **inputs}
     scored = {}
     for name in names:
+        # Inputs are checked before the call, because Python's error would name a parameter that the user does not know.
         if missing := sorted(inputs_of([name]) - given.keys()):
             raise ValueError(f"the score {name!r} needs {', '.join(missing)}")
-        score = ALL_SCORES[name]
-        scored[name] = score(**{key: given[key] for key in signature(score).parameters.keys() & given.keys()})
+        wanted = (*needs_of(name), *_OPTIONS.get(name, ()))
+        values = score_function(name)(**{key: given[key] for key in wanted if key in given})
+        if values.shape != cosines.shape[:1]:
+            raise ScoreShapeError(f"the score {name!r} gives {tuple(values.shape)} for {len(cosines)} images")
+        scored[name] = values.double()
     return scored

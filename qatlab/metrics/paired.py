@@ -1,4 +1,4 @@
-"""Whether two models differ on the same images: exact and asymptotic tests, and what many of them at once are worth."""
+"""Tests of whether two models differ on the same images, and the correction for many tests at once."""
 
 from __future__ import annotations
 
@@ -9,19 +9,11 @@ from scipy.stats import binomtest, norm, rankdata
 
 from qatlab.metrics.arrays import as_array
 from qatlab.metrics.detection import finite_scores
-from qatlab.metrics.resampling import Interval, percentile_interval
-
-
-class McNemar(NamedTuple):
-    """How many images ``only_reference`` or ``only_other`` has right, and the two-sided exact ``p_value``."""
-
-    only_reference: int
-    only_other: int
-    p_value: float
+from qatlab.metrics.resampling import percentile_interval
 
 
 class Difference(NamedTuple):
-    """A metric of the other model minus the reference's: ``value``, interval ``low``..``high``, two-sided ``p_value``."""
+    """The other model's metric minus the reference's: ``value``, interval ``low``..``high``, two-sided ``p_value``."""
 
     value: float
     low: float
@@ -29,47 +21,40 @@ class Difference(NamedTuple):
     p_value: float
 
 
-def mcnemar(reference: Any, other: Any) -> McNemar:
-    """Return the exact McNemar test of equal accuracy, from ``correct`` (N,) of both models on the same images.
+def mcnemar(reference: Any, other: Any) -> float:
+    """Return the two-sided p-value of the exact McNemar test of equal accuracy.
 
-    Bool or 0/1, arrays or tensors. Under equal accuracy the images that only one has right are a fair coin's; without
-    any p is 1. McNemar 1947. Raises ValueError on no image, unequal shapes and values other than 0 and 1.
+    ``reference`` and ``other`` say which of the same images (N,) each model has right, in the same order: bool or 0/1,
+    arrays or tensors. Under equal accuracy the images that only one model has right are tosses of a fair coin; without
+    such images p is 1. McNemar 1947. Raises ValueError on no image, unequal shapes and values other than 0 and 1.
     """
     hits = [as_array(values) for values in (reference, other)]
     if hits[0].ndim != 1 or hits[0].shape != hits[1].shape or not len(hits[0]):
         raise ValueError(f"both models need the same images, (N,) with N > 0, not {hits[0].shape} and {hits[1].shape}")
+    # The test also refuses NaN, which equals nothing.
     if any(((values != 0) & (values != 1)).any() for values in hits):
         raise ValueError("correct is 0 or 1 for every image")
     first, second = (values.astype(bool) for values in hits)
     losses, gains = int((first & ~second).sum()), int((~first & second).sum())
-    p_value = float(binomtest(gains, losses + gains).pvalue) if losses + gains else 1.0
-    return McNemar(losses, gains, p_value)
-
-
-def delong_interval(id_scores: Any, ood_scores: Any, level: float = 0.95) -> Interval:
-    """Return the confidence interval of ``auroc``, clipped to 0..1, from DeLong's variance. DeLong et al. 1988.
-
-    ``id_scores`` (N,) and ``ood_scores`` (M,), arrays or tensors. With ID and OOD fully apart the variance is 0 and the
-    interval a point. Raises ValueError on fewer than two images on a side and on a non-finite score.
-    """
-    inside, outside = _components(id_scores, ood_scores)
-    value = float(np.mean(inside))
-    reach = norm.isf((1 - level) / 2) * np.sqrt(_variance(inside, outside))
-    return Interval(float(max(0.0, value - reach)), float(min(1.0, value + reach)))
+    # Images that both models have right, or both wrong, say nothing about a difference and are left out.
+    return float(binomtest(gains, losses + gains).pvalue) if losses + gains else 1.0
 
 
 def delong(reference: tuple[Any, Any], other: tuple[Any, Any], level: float = 0.95) -> Difference:
     """Return the difference of the AUROCs of two scores on the same images, with DeLong's interval and test.
 
-    ``reference`` and ``other`` are (ID scores (N,), OOD scores (M,)) in the same order of images. DeLong et al. 1988, by
-    midranks as in Sun & Xu 2014. Scores that rank alike have p = 1. Raises ValueError as ``delong_interval``.
+    ``reference`` and ``other`` are (ID scores (N,), OOD scores (M,)) in the same order of images. DeLong et al. 1988,
+    by midranks as in Sun & Xu 2014. Scores that rank alike have p = 1. Raises ValueError on fewer than two images on a
+    side, on a non-finite score and on unequal numbers of images.
     """
     first, second = _components(*reference), _components(*other)
     if [len(side) for side in first] != [len(side) for side in second]:
         raise ValueError(f"both need the same images, not {list(map(len, first))} and {list(map(len, second))}")
+    # Differences are taken image by image, so that their variance includes the covariance of the two scores.
     inside, outside = second[0] - first[0], second[1] - first[1]
     value, error = float(np.mean(inside)), float(np.sqrt(_variance(inside, outside)))
     reach = float(norm.isf((1 - level) / 2)) * error
+    # Where all images agree on the difference, its error is 0 and the normal test would divide by 0.
     if error == 0:
         return Difference(value, value, value, 1.0 if value == 0 else 0.0)
     return Difference(value, value - reach, value + reach, float(2 * norm.sf(abs(value) / error)))
@@ -87,12 +72,13 @@ def paired_bootstrap(value: float, reference: np.ndarray, other: np.ndarray, lev
         raise ValueError(f"both need the same number of replicates, not {reference.shape} and {other.shape}")
     differences = other - reference
     low, high = percentile_interval(differences, level)
+    # A difference of exactly 0 counts on both sides, so models that never differ have p = 1.
     tail = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     return Difference(value, low, high, min(1.0, 2 * (tail + 1) / (len(differences) + 1)))
 
 
 def holm(p_values: Any) -> np.ndarray:
-    """Return the p-values adjusted for being several, (m,) float64: below α, any false rejection has chance below α.
+    """Return Holm's adjusted p-values, (m,) float64: rejecting those below α has a false rejection with chance below α.
 
     ``p_values`` (m,) in [0, 1], of tests that may depend on each other. Holm 1979. Raises ValueError on one outside.
     """
@@ -101,19 +87,26 @@ def holm(p_values: Any) -> np.ndarray:
         raise ValueError(f"p-values are numbers in 0..1, (m,), not {p_values}")
     order = np.argsort(values, kind="stable")
     adjusted = np.empty_like(values)
+    # The smallest p is multiplied by m, the next by m − 1, ...; the running maximum keeps the order of the p-values.
     adjusted[order] = np.minimum(1, np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)))
     return adjusted
 
 
 def _components(id_scores: Any, ood_scores: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the structural components: of each ID image the share of OOD images below it, of each OOD image of ID above."""
+    """Return DeLong's structural components, (N,) and (M,) float64.
+
+    They are the share of the OOD images below each ID image, and the share of the ID images above each OOD image; a tie
+    counts ½.
+    """
     inside, outside = finite_scores(id_scores, "ID"), finite_scores(ood_scores, "OOD")
     n, m = len(inside), len(outside)
     if min(n, m) < 2:
         raise ValueError(f"a variance needs two images or more on each side, not {n} ID and {m} OOD")
     ranks = rankdata(np.concatenate([inside, outside]))
+    # A rank among all images minus the rank on the own side is the number of images of the other side below.
     return (ranks[:n] - rankdata(inside)) / m, 1 - (ranks[n:] - rankdata(outside)) / n
 
 
 def _variance(inside: np.ndarray, outside: np.ndarray) -> float:
+    # ID and OOD images are drawn apart, so the two variances of a mean add up.
     return float(np.var(inside, ddof=1) / len(inside) + np.var(outside, ddof=1) / len(outside))

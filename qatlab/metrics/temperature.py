@@ -13,7 +13,7 @@ from qatlab.metrics.calibration import blocks, check_labels, softmax_peak
 
 
 class Fit(NamedTuple):
-    """The fitted ``logit_scale``, the mean NLL in nats before and after, whether the scale ended at a bound, on how many images."""
+    """The fitted ``logit_scale``, the mean NLL (nats) before and after, whether a bound was reached, and the images."""
 
     logit_scale: float
     nll_before: float
@@ -39,11 +39,14 @@ def fit_logit_scale(
     def slope(log_scale: float) -> float:
         return _mean(_expected_cosine(cosines, math.exp(log_scale)) - targeted)
 
+    # A slope that is positive at the lower bound is positive everywhere above, so the lower bound is the best scale.
     if slope(math.log(low)) >= 0:
         scale, at_bound = low, True
     elif slope(math.log(high)) <= 0:
         scale, at_bound = high, True
     else:
+        # The slope changes its sign once between the bounds. The
+        # search runs in log s, where each decade has the same length.
         scale, at_bound = math.exp(brentq(slope, math.log(low), math.log(high), xtol=1e-12)), False
     before, after = (_nll(cosines, targeted, value) for value in (current, scale))
     return Fit(scale, before, after, at_bound, len(cosines))
@@ -58,17 +61,19 @@ def _target_cosine(cosines: Tensor, targets: Tensor) -> Tensor:
         return cosines.gather(1, targets[:, None]).squeeze(1).double()
     sums = targets.sum(dim=1, dtype=torch.float64)
     worst = sums[(sums - 1).abs().argmax()]
+    # A tolerance of 1e-3 accepts probabilities in half precision, and refuses logits and cosines.
     if targets.shape != cosines.shape or not abs(worst - 1) < 1e-3 or (targets < 0).any():
         raise ValueError(
             f"soft targets need shape {tuple(cosines.shape)} and rows of probabilities that sum to 1, "
             f"not {tuple(targets.shape)} with a row that sums to {float(worst):.6g}"
         )
-    # a float32 softmax sums to 1 only to 1e-7; what is missing would act as a weight on the image
+    # A float32 softmax sums to 1 only to 1e-7. Without the division, a row that sums to less would count less.
     return torch.cat([(targets[rows].double() * cosines[rows].double()).sum(dim=1) for rows in blocks(cosines)]) / sums
 
 
 def _nll(cosines: Tensor, targeted: Tensor, scale: float) -> float:
     peak = softmax_peak(cosines, scale)
+    # −Σ_k t_k log p_k = log Σ exp(s c) − s Σ t_k c_k, with the largest cosine taken out of the sum.
     return _mean(peak.mass.log() + scale * (peak.cosine - targeted))
 
 

@@ -1,24 +1,27 @@
 """Quantizers, quantized layers, and the conversion, calibration and verification of a model."""
 
-from qatlab.quant.allocate import allocate_bits, bit_rules
-from qatlab.quant.attention import QuantAttention, QuantOpenClipAttention
-from qatlab.quant.calibrate import calibrate, layer_report
-from qatlab.quant.convert import quantize
-from qatlab.quant.dynamic import DynamicMinMax
-from qatlab.quant.hadamard import RandomHadamard, walsh_hadamard
-from qatlab.quant.layers import QuantConv2d, QuantLayer, QuantLinear, full_precision, quant_layers
-from qatlab.quant.lora import LoRA
-from qatlab.quant.lr_qat import LRQAT, merge
-from qatlab.quant.lsq import LSQ
-from qatlab.quant.lsq_plus import LSQPlus
-from qatlab.quant.minmax import MinMax
-from qatlab.quant.plan import MixedPrecision
-from qatlab.quant.quantizer import Quantizer
-from qatlab.quant.raana import RaanA
-from qatlab.quant.rotation import Rotation
-from qatlab.quant.sensitivity import gradient_sensitivities, measured_sensitivities
-from qatlab.quant.smoothquant import SmoothQuant
-from qatlab.quant.verify import VerificationError, verify
+from qatlab.quant.bits.allocate import allocate_bits, bit_rules
+from qatlab.quant.bits.plan import MixedPrecision
+from qatlab.quant.bits.sensitivity import gradient_sensitivities, measured_sensitivities
+from qatlab.quant.inspect.layer_report import layer_report
+from qatlab.quant.inspect.verify import VerificationError, verify
+from qatlab.quant.layers.attention import QuantAttention, QuantOpenClipAttention
+from qatlab.quant.layers.convert import quantize
+from qatlab.quant.layers.linear import QuantConv2d, QuantLayer, QuantLinear
+from qatlab.quant.layers.lora import LoRA
+from qatlab.quant.layers.merge import merge
+from qatlab.quant.layers.walk import full_precision, quant_layers
+from qatlab.quant.ptq.calibrate import calibrate
+from qatlab.quant.quantizers.base import Quantizer
+from qatlab.quant.quantizers.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.hadamard import RandomHadamard, walsh_hadamard
+from qatlab.quant.quantizers.lr_qat import LRQAT
+from qatlab.quant.quantizers.lsq import LSQ
+from qatlab.quant.quantizers.lsq_plus import LSQPlus
+from qatlab.quant.quantizers.minmax import MinMax
+from qatlab.quant.quantizers.raana import RaanA
+from qatlab.quant.rewrites.rotation import Rotation
+from qatlab.quant.rewrites.smoothquant import SmoothQuant
 
 __all__ = [
     "LRQAT",

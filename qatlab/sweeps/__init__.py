@@ -1,1 +1,1 @@
-"""Many runs: which they are, how far each is, and how they are started, here or on Slurm."""
+"""Many runs: which cells a sweep has, how far each cell is, and how cells are started, here or on Slurm."""

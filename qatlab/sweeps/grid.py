@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
-from qatlab.blocks import check_blocks
-from qatlab.config import Config, as_config, recipe_files
-from qatlab.errors import UserError, nearest
-from qatlab.mistakes import explain
-from qatlab.quantized import check_quantizers
-from qatlab.results import Run
+from qatlab.config import Config, recipe_files
+from qatlab.config.explain import explain
+from qatlab.core.errors import UserError, nearest
+from qatlab.results.run import Run
+from qatlab.sweeps.buildable import mistakes_of
+from qatlab.sweeps.compositions import Alike, Composition, Line, alike, initialized
 
-MANY = 24  # cells from which on processes that compose them are worth their start
+MANY = 24  # cells from which on planning shows a progress line; fewer cells are planned in a moment
+MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: its ``overrides``, and what they make, or ``mistake``, why they make nothing."""
+    """One run of a sweep: its ``overrides`` and the ``run`` that they make, or the ``mistake`` that prevents it."""
 
-    overrides: tuple[str, ...]
+    overrides: Line
     recipe: str = ""
     run: Run | None = None
     mistake: str = ""
@@ -45,39 +43,83 @@ class Cell:
         return self.run.config
 
 
-def cells_of(name: str, given: Sequence[str], own: Path | None = None) -> list[Cell]:
+def cells_of(name: str, given: Sequence[str], config_dir: Path | None = None) -> list[Cell]:
     """Return the cells of the sweep called ``name``, each run once, in the order of its grids.
 
     A sweep file holds ``grids``, a list of products in Hydra's sweeper syntax: an option to its values, separated by
-    commas. What is ``given`` on the command line goes to every cell, in the place of the file's own values, and may have
-    several values too. ``own`` is the folder of the user's own choices. Raises UserError for a sweep that is not there or
-    not of this form; an option that a cell cannot be built with is its ``mistake``.
+    commas. Arguments ``given`` on the command line go to every cell, in the place of the file's own values, and may
+    have several values too. ``config_dir`` is the folder of the user's own choices. Raises UserError for a sweep that
+    does not exist or has another form; a cell whose options cannot be built has a ``mistake``.
     """
     named = {argument.lstrip("+~").partition("=")[0] for argument in given}
-    # W&B shows the cells together, and the second of them finds the images decoded.
+    # W&B then shows the cells as one group. The cells share decoded images, so only the first cell has to decode them.
     shared = {"wandb.group": name, "suite.cache": True}
     lines = []
-    for grid in _grids(name, own):
+    for grid in _grids(name, config_dir):
         options = {key: value for key, value in {**shared, **grid}.items() if key not in named}
-        lines += _product([*(f"{key}={_written(value)}" for key, value in options.items()), *given], own)
+        lines += _product([*(f"{key}={_written(value)}" for key, value in options.items()), *given], config_dir)
+    # Grids may overlap, so a run counts once: it is known by the name of its folder, which holds its id.
     found: dict[str, Cell] = {}
-    for cell in _composed(lines, own):
+    for cell in _cells(lines, config_dir):
         found.setdefault(cell.run.folder.name if cell.run else " ".join(cell.overrides), cell)
     return list(found.values())
 
 
-def _composed(lines: Sequence[tuple[str, ...]], own: Path | None) -> Iterator[Cell]:
-    """Compose the command lines, half a second each, on all cores where there are many."""
-    if len(lines) < MANY:
-        yield from (_cell(overrides, own) for overrides in lines)
+def _cells(lines: Sequence[Line], config_dir: Path | None) -> list[Cell]:
+    """Return the cell of every command line."""
+    # There are two passes over all lines, so that one process
+    # can check the blocks of all cells that Hydra could compose.
+    composed = _composed(lines, config_dir)
+    configs = {place: config for place, config in enumerate(composed) if isinstance(config, Config)}
+    mistakes = dict(zip(configs, mistakes_of(list(configs.values()), config_dir), strict=True))
+    pairs = zip(lines, composed, strict=True)
+    return [_cell(line, config, mistakes.get(place, ""), config_dir) for place, (line, config) in enumerate(pairs)]
+
+
+def _composed(lines: Sequence[Line], config_dir: Path | None) -> list[Config | str]:
+    """Return the options that every command line makes, or the sentence on why it makes none."""
+    found: list[Config | str] = [""] * len(lines)
+    # The progress goes to stderr, so that the plan can be piped,
+    # and is transient, so that none of it stays above the table.
+    progress = Progress(console=Console(stderr=True), transient=True, disable=len(lines) < MANY)
+    with initialized(config_dir), progress:
+        task = progress.add_task("planning", total=len(lines))
+        for group in alike(lines, config_dir):
+            for place, config in zip(group.places, _composed_alike(group, config_dir), strict=True):
+                found[place] = config
+                progress.advance(task)
+    return found
+
+
+def _composed_alike(group: Alike, config_dir: Path | None) -> Iterator[Config | str]:
+    """Yield the options of each line of a group, or the sentence on why it makes none, in their order."""
+    try:
+        composition = Composition(group.common)
+    except MISTAKES as error:
+        yield from [explain(error, config_dir) or str(error)] * len(group.places)
         return
-    with ProcessPoolExecutor() as pool:
-        cells = pool.map(partial(_cell, own=own), lines, chunksize=8)
-        yield from track(cells, "planning", total=len(lines), transient=True, console=Console(stderr=True))
+    for values in group.values:
+        try:
+            yield composition.with_values(values)
+        except MISTAKES as error:
+            yield explain(error, config_dir) or str(error)
 
 
-def _grids(name: str, own: Path | None) -> list[dict[str, Any]]:
-    files = recipe_files("sweep", own)
+def _cell(overrides: Line, config: Config | str, mistake: str, config_dir: Path | None) -> Cell:
+    """Return the cell of a command line; ``config`` is its options or the sentence on why there are none."""
+    recipe = next((argument.partition("=")[2] for argument in overrides if argument.startswith("recipe=")), "")
+    if isinstance(config, str) or mistake:
+        return Cell(overrides, recipe, mistake=mistake or str(config))
+    # A Run computes its id from the files that options name, so a mistake in these files shows up here.
+    try:
+        return Cell(overrides, recipe, Run(config, recipe))
+    except UserError as error:
+        return Cell(overrides, recipe, mistake=explain(error, config_dir) or str(error))
+
+
+def _grids(name: str, config_dir: Path | None) -> list[dict[str, Any]]:
+    """Return the grids of the sweep file ``name``, {option: values}; raises UserError for another form."""
+    files = recipe_files("sweep", config_dir)
     if name not in files:
         raise UserError(f"sweep={name} is not there{nearest(name, files)}; there are {', '.join(files)}.")
     try:
@@ -98,27 +140,15 @@ def _grids(name: str, own: Path | None) -> list[dict[str, Any]]:
 
 def _written(value: Any) -> str:
     """Return a value of a file as it is written on the command line."""
+    # null, true and lists are written alike in JSON and Hydra; a text already has the commas between several values.
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _product(options: list[str], own: Path | None) -> list[tuple[str, ...]]:
+def _product(options: list[str], config_dir: Path | None) -> list[Line]:
+    """Return the command lines of the product of ``options``, each with one of its values."""
+    # Hydra's own sweeper is used, so that ranges, globs and quoted commas mean in a file what they mean after -m.
     try:
         (cells,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(options), max_batch_size=None)
     except HydraException as error:
-        raise UserError(explain(error, own) or str(error)) from error
+        raise UserError(explain(error, config_dir) or str(error)) from error
     return [tuple(overrides) for overrides in cells]
-
-
-def _cell(overrides: tuple[str, ...], own: Path | None = None) -> Cell:
-    recipe = next((argument.partition("=")[2] for argument in overrides if argument.startswith("recipe=")), "")
-    where = (
-        initialize_config_dir(str(own.resolve()), version_base="1.3") if own else initialize(None, version_base="1.3")
-    )
-    try:
-        with where:
-            config = as_config(compose("qatlab", overrides=[*overrides]))
-        check_blocks(config)
-        check_quantizers(config.quant)
-        return Cell(overrides, recipe, Run(config, recipe))
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        return Cell(overrides, recipe, mistake=explain(error, own) or str(error))

@@ -15,7 +15,9 @@ import torch
 
 import qatlab
 from qatlab.callbacks import OOD, Calibration
-from qatlab.evaluation import ALWAYS, Evaluation, Pass, Prediction, Source, View
+from qatlab.evaluation.evaluation import ALWAYS, Evaluation, Pass
+from qatlab.evaluation.prediction import Prediction
+from qatlab.suites.source import Source, View
 
 VIEWS = [View("adapted", 100.0), View("temperature", 31.25)]
 CLASSES = {"birds": 12, "tools": 5}
@@ -92,14 +94,14 @@ def world() -> World:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two gloo processes left their rows (``rank<r>.json``) of one shared pass."""
     folder = tmp_path_factory.mktemp("two_ranks")
     root = str(Path(qatlab.__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE)
+        subprocess.Popen([python, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE)
         for rank in (0, 1)
     ]
     errors = [process.communicate(timeout=120)[1].decode() for process in ranks]

@@ -10,7 +10,8 @@ from sklearn.metrics import balanced_accuracy_score
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from qatlab.callbacks import Calibration
-from qatlab.evaluation import View
+from qatlab.metrics.resampling import resampled_counts
+from qatlab.suites.source import View
 
 INTERVALS = {"top1", "top5", "mean_per_class", "ece", "ece_equal_mass", "mce", "smooth_ece", "nll", "brier"}
 INTERVALS |= {"confidence_gap", "aurc"}
@@ -115,3 +116,49 @@ def test_an_image_without_label_in_a_labelled_set_is_an_error(world):
     world.labels[source][3] = -1
     with pytest.raises(ValueError, match=r"label -1 is outside 0\.\.11"):
         world.drive(Calibration())
+
+
+def ece(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Fifteen bins, image by image."""
+    gaps = [0.0] * 15
+    for sure, right in zip(confidence, correct, strict=True):
+        gaps[min(int(sure * 15), 14)] += right - sure
+    return sum(map(abs, gaps)) / len(correct)
+
+
+def test_using_c4_what_a_refit_changed_is_a_paired_bootstrap_over_the_same_images(world):
+    before, after = View("adapted", 100.0), View("temperature", 31.25, "split", "adapted")
+    world.views = [before, after]
+    rows = {(row["stage"], row["dataset"]): row for row in world.drive(Calibration(), resamples=60)}
+    for source in (source for source in world.cosines if source.role in ("id", "shifted")):
+        assert "refit" not in rows["adapted", source.name]
+        labels = world.labels[source].numpy()
+        sides = []
+        for view in world.views:
+            chances = (view.logit_scale * world.cosines[source].double()).softmax(1).numpy()
+            correct = world.cosines[source].argmax(1).numpy() == labels
+            sides.append((chances.max(1), correct, -np.log(chances[np.arange(len(labels)), labels])))
+        strata = labels if np.unique(labels, return_counts=True)[1].min() >= 10 else np.zeros(len(labels))
+        (counts,) = resampled_counts(strata, 60, 60, (0, 0))
+        drawn = {"ece": [], "nll": []}
+        for count in counts:
+            images = np.repeat(np.arange(len(labels)), count)
+            old, new = ([column[images] for column in side] for side in sides)
+            drawn["ece"].append(ece(*new[:2]) - ece(*old[:2]))
+            drawn["nll"].append(new[2].mean() - old[2].mean())
+        found = rows["temperature", source.name]["refit"]
+        assert set(found) == {"ece", "nll"}
+        for name, values in drawn.items():
+            metrics = [rows[stage, source.name]["metrics"][name] for stage in ("adapted", "temperature")]
+            assert found[name]["value"] == pytest.approx(metrics[1] - metrics[0], abs=1e-12)
+            ends = np.quantile(values, [0.025, 0.975])
+            assert [found[name]["low"], found[name]["high"]] == pytest.approx(ends, abs=1e-9), (name, source.name)
+
+
+def test_using_c4_the_unquantized_models_refit_is_compared_with_its_own_scale(world):
+    """There the stage before is FP32 itself."""
+    world.views = [View("fp32", 100.0), View("temperature", 31.25, "split", "fp32")]
+    for row in world.drive(Calibration(), resamples=20):
+        if row["stage"] == "temperature":
+            assert row["refit"] == {name: row["paired"][name] for name in ("ece", "nll")}
+    assert not any("refit" in row for row in world.drive(Calibration()))  # without resamples there is no interval

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qatlab.evaluation import Columns
+from qatlab.evaluation.columns import Columns
 
 
 def test_columns_come_back_in_the_order_of_the_images():

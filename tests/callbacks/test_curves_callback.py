@@ -16,17 +16,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qatlab import training
 from qatlab.callbacks.curves import Curves, gradient_norms, layer_means, learned_scales
 from qatlab.config import Config
-from qatlab.loggers import merge_curves
+from qatlab.core.signals import StopSignals
+from qatlab.models.quantized import quantized_copy
 from qatlab.quant import LSQ, layer_report
-from qatlab.quant.layers import quant_layers
-from qatlab.quantized import quantized_copy
-from qatlab.quantizing import quantize_towers
-from qatlab.results import Run
-from qatlab.stopping import StopSignals
-from qatlab.study import Study
+from qatlab.quant.layers.walk import quant_layers
+from qatlab.results.curves import merge_curves
+from qatlab.results.run import Run
+from qatlab.stages import train as training
+from qatlab.stages.opening import open_experiment
+from qatlab.stages.quantize import quantize_towers
 
 Options = Callable[..., Config]
 KINDS = ("in_proj", "out_proj", "c_fc", "c_proj")
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 
 class Trained:
-    """A small study, trained with a Curves of its own (unless ``watched`` is false) and with ``others``."""
+    """A small experiment, trained with a Curves of its own (unless ``watched`` is false) and with ``others``."""
 
     def __init__(
         self,
@@ -48,24 +48,24 @@ class Trained:
         self.config = options(recipe, f"output={folder}", *overrides)
         self.calls = 0
         with Run(self.config, recipe) as self.run, StopSignals() as stop:
-            self.study = study = Study(self.config, self.run, recipe, stop)
-            if "quantized" in study.stages:
-                quantize_towers(study)
+            self.experiment = experiment = open_experiment(self.config, self.run, recipe, stop)
+            if "quantized" in experiment.stages:
+                quantize_towers(experiment)
             usual = training._callbacks
             watching = [*([Curves(self.images)] if watched else []), *others]
             with pytest.MonkeyPatch.context() as patch:  # in place of the run's own Curves
-                kept = [callback for callback in usual(study) if not isinstance(callback, Curves)]
+                kept = [callback for callback in usual(experiment) if not isinstance(callback, Curves)]
                 patch.setattr(training, "_callbacks", lambda _: [*kept, *watching])
-                study.train()
+                training.train(experiment)
         self.file = merge_curves(self.run.folder)
 
     def images(self) -> Tensor:
         self.calls += 1
-        return self.study.clip.preprocess.normalize(self.study.captioned().images[:4])
+        return self.experiment.captions.normalized(4)
 
     @property
     def visual(self) -> nn.Module:
-        return self.study.module.visual
+        return self.experiment.towers.student.visual
 
     @property
     def curves(self) -> dict[int, dict[str, float]]:
@@ -85,7 +85,7 @@ def trained(small: Options, tmp_path_factory: pytest.TempPathFactory) -> Trained
 
 def start(trained: Trained) -> nn.Module:
     """The student before its first step, from the file that the run keeps of it."""
-    visual = quantized_copy(trained.study.clip.visual, trained.config.quant)
+    visual = quantized_copy(trained.experiment.towers.full.visual, trained.config.quant)
     visual.load_state_dict(load_file(trained.run.folder / "quantized.safetensors"))
     return visual
 
@@ -109,7 +109,7 @@ def test_every_curve_is_there_against_step(trained: Trained) -> None:
     assert of(1) == each | moved
     assert of(2) == each | moved | layers
     assert of(3) == moved
-    assert "probe/id/zero_shot/top1" in curves[2]
+    assert {step for step in curves if "probe/id@16/zero_shot/top1" in curves[step]} == {0, 2}
     assert {step for step in curves if "train/loss" in curves[step]} == {0, 1, 2}
     assert trained.calls == 1
 
@@ -247,10 +247,10 @@ def test_a_resumed_run_measures_from_the_same_start(small: Options, trained: Tra
 def test_only_rank_zero_pays_for_the_report(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[dict[str, float], int]] = []
     logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((values, step)))
-    module = trained.study.module
+    module = trained.experiment.towers.student
     monkeypatch.setattr(module, "probed_step", 5)  # one that is made up for
     curves = Curves(trained.images)
     for rank_zero in (False, True):
         trainer: Any = SimpleNamespace(is_global_zero=rank_zero, loggers=[logger])
-        curves.on_validation_end(trainer, module)
+        curves.on_validation_start(trainer, module)
         assert [step for _, step in logged] == ([5] if rank_zero else [])

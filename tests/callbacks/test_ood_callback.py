@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from qatlab.callbacks import OOD
-from qatlab.errors import UserError
-from qatlab.evaluation import Source, View
+from qatlab.core.errors import UserError
+from qatlab.suites.source import Source, View
 
 
 def plain_scores(cosines, scale: float, temperature: float) -> dict[str, np.ndarray]:
@@ -116,7 +116,13 @@ def test_a_missing_reference_is_named(world):
 
 
 def test_options_are_checked():
-    with pytest.raises(UserError, match=r"callbacks\.ood\.scores contains 'energie'.*did you mean 'energy'"):
+    with pytest.raises(UserError, match=r"scores=.*did you mean 'energy'"):
         OOD(scores=["msp", "energie"])
-    with pytest.raises(UserError, match=r"callbacks\.ood\.mcm_temperature is 0"):
+    with pytest.raises(UserError, match=r"mcm_temperature=0"):
         OOD(mcm_temperature=0)
+
+
+@pytest.mark.parametrize("scores", [None, 3, {"msp": 1}])
+def test_faults_5_scores_that_are_no_list_are_told(scores):
+    with pytest.raises(UserError, match=r"scores=.*: it takes all | msp"):
+        OOD(scores=scores)

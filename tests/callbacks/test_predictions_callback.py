@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qatlab.callbacks import OOD, Calibration, Predictions
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.metrics.detection import auroc
 
 
@@ -76,5 +76,5 @@ def test_another_suite_adds_its_sets_and_replaces_its_own(world, tmp_path):
 
 
 def test_options_are_checked():
-    with pytest.raises(UserError, match=r"callbacks\.predictions\.scores contains 'mps'"):
+    with pytest.raises(UserError, match=r"scores=.*did you mean 'msp'"):
         Predictions(scores=["mps"])

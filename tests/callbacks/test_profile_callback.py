@@ -5,19 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from brief import BRIEF, with_options
 from rich.console import Console
 from torch import nn
 
-from qatlab import phases
 from qatlab.callbacks.profile import SETTLED, TRACED, Profile, phase_table, steps_to_trace
-from qatlab.phases import Stopwatch, phase
+from qatlab.training import stopwatch as phases
+from qatlab.training.stopwatch import Stopwatch, phase
 
 # -- the stopwatch -----------------------------------------------------------------------------------------------------
 
@@ -422,7 +422,7 @@ def test_the_weights_are_those_of_a_run_without_it(tmp_path, clock):
 
 # -- the real thing ----------------------------------------------------------------------------------------------------
 
-REAL = ["objective.feature_mse=1", "fit.steps=3", "fit.batch_size=8", "fit.unique_samples=16"]
+REAL = ["objective.feature_mse=1", "fit.steps=3", "fit.batch_size=8", "fit.unique_samples=16", *BRIEF]
 SAID = "where the time of training went"
 
 
@@ -446,11 +446,11 @@ def test_a_run_trains_the_same_model(small_fit, tmp_path, capsys):
     assert {"data", "teacher", "student", "backward", "optimizer", "probes"} <= set(found)
 
 
-def test_two_processes_train_the_same_model_and_one_speaks(tmp_path, small_options, subprocess_environment):
+def test_two_processes_train_the_same_model_and_one_speaks(tmp_path, small_options, subprocess_environment, python):
     said = {}
     for profile in ("false", "true"):
         options = ["recipe=light_qat_lsq", *REAL, "trainer.devices=2", f"fit.profile={profile}"]
-        line = [sys.executable, "-m", "qatlab.fit", f"output={tmp_path / profile}", *small_options, *options]
+        line = [python, "-m", "qatlab.fit", f"output={tmp_path / profile}", *with_options(small_options, *options)]
         done = subprocess.run(
             line, env=subprocess_environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
         )

@@ -8,9 +8,11 @@ from sklearn.isotonic import IsotonicRegression
 
 from qatlab.callbacks import Calibration, Refits
 from qatlab.callbacks.refits import KINDS
-from qatlab.errors import UserError
-from qatlab.evaluation import Pass, Prediction, Source, View
+from qatlab.core.errors import UserError
+from qatlab.evaluation.evaluation import Pass
+from qatlab.evaluation.prediction import Prediction
 from qatlab.metrics.refits import folds
+from qatlab.suites.source import Source, View
 
 REFITS = ["refit_none", "refit_temperature", "refit_vector", "refit_isotonic"]
 SETS = {name: Source(name, "id", name) for name in ("birds", "tools")}
@@ -151,7 +153,7 @@ def test_rows_are_those_of_id_sets_under_views_whose_scale_is_not_fitted(world):
         assert row["reference"] == row["dataset"]
         assert row["intervals"] == row["paired"] == {}
         expected = {"top1", "ece"} if row["score"] == "refit_isotonic" else set(rows[0]["metrics"])
-        assert set(row["metrics"]) == expected
+        assert set(row["metrics"]) == expected | ({"at_bound"} if row["score"] == "refit_temperature" else set())
 
 
 @pytest.mark.parametrize("stage", ["temperature", "temperature_soft"])
@@ -193,7 +195,7 @@ def test_refits_have_intervals_and_are_compared_with_fp32_under_the_same_refit(s
     assert by_stage["fp32", "refit_none"]["intervals"] == plain["tools"]
     for name in REFITS:
         first, second = by_stage["fp32", name], by_stage["quantized", name]
-        assert set(first["intervals"]) == set(second["intervals"]) == set(first["metrics"])
+        assert set(first["intervals"]) == set(second["intervals"]) == set(first["metrics"]) - {"at_bound"}
         assert first["paired"] == {}
         assert set(second["paired"]) == {"top1", "ece", *(["nll"] if name != "refit_isotonic" else [])}
         for metric, found in second["paired"].items():
@@ -246,7 +248,7 @@ def test_a_set_of_fewer_than_five_images_has_no_rows(world, images, sets):
 
 @pytest.mark.parametrize("images", [4, 0, -1])
 def test_fewer_images_than_folds_cannot_be_asked_for(images):
-    with pytest.raises(UserError, match=rf"callbacks\.refits\.images is {images}"):
+    with pytest.raises(UserError, match=rf"images={images}: it takes a whole number from 5 on"):
         Refits(images=images)
 
 
@@ -259,5 +261,14 @@ def test_vector_scaling_is_left_out_unless_it_is_asked_for(world) -> None:
 
 
 def test_an_unknown_refit_is_named() -> None:
-    with pytest.raises(UserError, match=r"callbacks\.refits\.kinds contains 'vektor'.*did you mean 'vector'"):
+    with pytest.raises(UserError, match=r"kinds=.*did you mean 'vector'"):
         Refits(["vektor"])
+
+
+def test_using_a6_images_that_do_not_tell_the_temperature_keep_it() -> None:
+    """Every image is right by far: no scale is too large for any of the folds."""
+    labels = torch.arange(40) % 4
+    rows = drive(torch.eye(4)[labels] * 0.1, labels, scale=20.0)
+    refitted, before = rows["refit_temperature"]["metrics"], rows["refit_none"]["metrics"]
+    assert refitted == before | {"at_bound": 1.0}
+    assert before["ece"] == pytest.approx(1 - 1 / (1 + 3 * np.exp(-2)))

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from qatlab.callbacks import Spurious
-from qatlab.evaluation import Pass, Prediction, Source, View
+from qatlab.evaluation.evaluation import Pass
+from qatlab.evaluation.prediction import Prediction
 from qatlab.metrics.paired import paired_bootstrap
 from qatlab.metrics.resampling import percentile_interval, resampled_counts
+from qatlab.suites.source import Source, View
 
 COMMON, COUNTER = Source("usual", "common", "birds"), Source("unusual", "counter", "birds")
 FP32, QUANTIZED, REFITTED = View("fp32", 100.0), View("quantized", 100.0), View("temperature", 31.25)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from qatlab.data.arrays import PER_SEVERITY, CorruptionArray
-from qatlab.data.sets import ImageSet
-from qatlab.data.transforms import Preprocess
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.data.images.arrays import PER_SEVERITY, CorruptionArray
+from qatlab.data.images.imageset import ImageSet
+from qatlab.data.preprocess import Preprocess
 
 PREPROCESS = Preprocess(32, (0.5,) * 3, (0.5,) * 3)
 
@@ -84,4 +85,25 @@ def test_an_array_cut_short_is_told(tmp_path: Path) -> None:
     whole = (tmp_path / "fog.npy").read_bytes()
     (tmp_path / "fog.npy").write_bytes(whole[:5000])
     with pytest.raises(UserError, match=r"fog\.npy cannot be read as a numpy array"):
+        CorruptionArray(tmp_path / "fog.npy")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0.0, np.nan], r"labels\.npy labels image 1 with nan, expected a whole number \(1 such labels\)"),
+        ([0.5, 1.5], r"labels\.npy labels image 0 with 0\.5, expected a whole number \(2 such labels\)"),
+        ([0, np.inf], r"labels\.npy labels image 1 with inf"),
+        (["cat", "dog"], r"labels\.npy holds <U3 \(first \['cat'\]\), expected a whole number for each image"),
+        ([True, False], r"labels\.npy holds bool"),
+        ([0, 1j], r"labels\.npy holds complex128"),
+        (np.array([0, None]), r"labels\.npy cannot be read as a numpy array"),
+    ],
+)
+def test_data_t4_labels_that_are_no_whole_numbers_are_told(tmp_path: Path, labels: Any, message: str) -> None:
+    np.save(tmp_path / "fog.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.array([0.0, 3.0]))
+    assert CorruptionArray(tmp_path / "fog.npy").keys == [0, 3]
+    np.save(tmp_path / "labels.npy", labels)
+    with pytest.raises(UserError, match=message):
         CorruptionArray(tmp_path / "fog.npy")

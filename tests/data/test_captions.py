@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from qatlab.data import captions, order, tars
-from qatlab.data.captions import CaptionShards
-from qatlab.data.order import Order
-from qatlab.data.samples import SkipCounter
-from qatlab.data.transforms import Preprocess
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.core.limits import use_limits
+from qatlab.data.captions import order
+from qatlab.data.captions import source as captions
+from qatlab.data.captions.batches import StreamedBatches
+from qatlab.data.captions.order import Order
+from qatlab.data.captions.samples import SkipCounter
+from qatlab.data.captions.source import CaptionShards
+from qatlab.data.preprocess import Preprocess
+from qatlab.data.storage import tars
 
 DATA = Path(os.environ.get("QATLAB_TEST_DATA") or Path(__file__).parents[2] / "../shared/data")
 PREPROCESS = Preprocess(8, (0.5,) * 3, (0.5,) * 3)
@@ -173,6 +178,7 @@ def test_ranks_divide_each_batch(shards, world):
         assert [parts[row % world][step][row // world] for row in range(8)] == batch
 
 
+@pytest.mark.usefixtures("settled")
 def test_a_resumed_run_opens_only_what_its_step_falls_into(shards, monkeypatch):
     monkeypatch.setattr(order, "SHUFFLE_WINDOW", 5)
     straight = keys(CaptionShards(str(shards), "test"), range(20), batch_size=5)
@@ -250,6 +256,113 @@ def test_no_shard_that_can_be_read(shards):
         CaptionShards(str(shards), "test").batch(0, 8, 0, 1, PREPROCESS, 0)
     with pytest.raises(UserError, match=r"no shard can be read, the last was .*/00002\.tar: "):
         CaptionShards(str(shards), "test").first(8, PREPROCESS)
+
+
+UNREADABLE, NONE = "unreadable caption", "no caption"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("café".encode("latin-1"), UNREADABLE),
+        ("a cat".encode("utf-16"), UNREADABLE),
+        ("a cat".encode("utf-16-le"), UNREADABLE),  # valid UTF-8, a NUL for every other letter
+        ("\ufeff".encode(), NONE),
+        ("\u200b \u2060\t".encode(), NONE),
+        (b"\x00\x1b", NONE),
+        ("\u2800\u3164".encode(), NONE),
+        ("\ufeffa cat \n".encode(), "a cat"),
+        ("\ufeff\ufeff".encode(), NONE),
+        ("日本 👩‍👩‍👧".encode(), "日本 👩‍👩‍👧"),  # joined by invisible letters
+        (b"...", "..."),
+    ],
+)
+def test_data_w9_captions_that_cannot_be_read_or_seen_are_counted(tmp_path, data, expected):
+    write_shard(tmp_path / "0.tar", {"a.png": image(1), "a.txt": data, "b.png": image(2), "b.txt": b"last"})
+    read = CaptionShards(str(tmp_path), "test").first(1, PREPROCESS)
+    skipped = expected in (UNREADABLE, NONE)
+    assert read.captions == ["last" if skipped else expected]
+    assert read.skipped == ({expected: 1} if skipped else {})
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b'{"caption": "half of \\ud83d"}', UNREADABLE),
+        (b'{"caption": "\\ufeff\\u200b"}', NONE),
+        (b'{"caption": ["\\u200b", "half \\udc00", "a cat"]}', "a cat"),
+        (b'{"caption": ["\\u200b", "half \\udc00"]}', UNREADABLE),
+        ('{"caption": "a cat"}'.encode("utf-16"), "a cat"),  # JSON says itself how it is written
+        (b"[" * 100_000, "unreadable json"),
+        ('{"caption": "café"}'.encode("latin-1"), "unreadable json"),
+    ],
+)
+def test_data_w9_captions_in_json_too(tmp_path, data, expected):
+    write_shard(tmp_path / "0.tar", {"a.png": image(1), "a.json": data, "b.png": image(2), "b.txt": b"last"})
+    read = CaptionShards(str(tmp_path), "test").first(1, PREPROCESS)
+    skipped = expected in (UNREADABLE, NONE, "unreadable json")
+    assert read.captions == ["last" if skipped else expected]
+    assert read.skipped == ({expected: 1} if skipped else {})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ('[{"text": "a"}]', "caption holds a list of dict"),
+        ('" "', "caption holds empty text"),
+        ("3", "caption holds int"),
+    ],
+)
+def test_data_part4_a_field_that_is_there_is_not_offered_again(tmp_path, value, said):
+    write_shard(tmp_path / "0.tar", {"a.png": image(1), "a.json": f'{{"caption": {value}, "captions": []}}'.encode()})
+    with pytest.raises(UserError, match=said) as failure:
+        CaptionShards(str(tmp_path), "test").first(1, PREPROCESS)
+    assert "did you mean" not in str(failure.value)
+
+
+def bad_avif():
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (9, 99, 200)).save(buffer, "AVIF")
+    data = bytearray(buffer.getvalue())
+    data[81] = 0
+    return bytes(data)
+
+
+def test_data_t3_one_bad_image_of_any_format_is_counted_in_a_shard(tmp_path):
+    write_shard(
+        tmp_path / "0.tar",
+        {
+            "a.jpg": bad_avif(),
+            "a.txt": b"bad",
+            "b.jpg": b"DDS " + bytes(200),
+            "b.txt": b"bad",
+            "c.png": image(3),
+            "c.txt": b"c",
+        },
+    )
+    read = CaptionShards(str(tmp_path), "test").first(1, PREPROCESS)
+    assert (read.captions, read.skipped) == (["c"], {"corrupt image": 2})
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_faults_s6_limits_reach_the_processes_that_read(tmp_path, monkeypatch, method):
+    """Two of three images are above a limit, one by its pixels and one by its bytes; the stream goes on with the third."""
+    monkeypatch.setenv("QATLAB_LIMITS", "{}")
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), "uint8")).save(noise, "PNG")
+    wide = io.BytesIO()
+    Image.new("RGB", (9, 8)).save(wide, "PNG")
+    members = {"a.png": wide.getvalue(), "b.png": noise.getvalue(), "c.png": image(3)}
+    members |= {f"{key}.txt": key.encode() for key in "abc"}
+    write_shard(tmp_path / "0.tar", {name: members[name] for name in sorted(members)})
+    use_limits(pixels=64, member_bytes=len(noise.getvalue()) - 1, names=10)
+    batches = StreamedBatches(CaptionShards(str(tmp_path), "test"), PREPROCESS, None, 3, 0, (0, 1), range(1))
+    (batch,) = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context=method)
+    assert batch["images"][:, 0, 0, 0].tolist() == [3, 3, 3]
+    assert batch["skipped"]["corrupt image"] >= 2
+    use_limits(pixels=72, member_bytes=2**20, names=10)
+    (batch,) = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context=method)
+    assert batch["skipped"] == {}
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real shards at {DATA} (QATLAB_TEST_DATA)")

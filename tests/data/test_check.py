@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qatlab.config import SetConfig, SuiteConfig
-from qatlab.data.check import check_suite
-from qatlab.errors import UserError
+from qatlab.config import SetConfig, SuiteConfig, compose
+from qatlab.core.errors import UserError
+from qatlab.suites.check import check_suite
 
 
 @pytest.fixture
@@ -89,10 +89,25 @@ def test_with_nothing_there(tmp_path: Path) -> None:
 
 def test_the_text_tables_names_are_the_classes_where_none_are_given(root: Path) -> None:
     config = SuiteConfig(root=str(root), sets={"cifar": SetConfig("cifar", "id")})
-    assert "3 of 4 classes of the 4 class names" in check_suite(config, ["ship", "dog", "cat", "horse"]).text
-    assert "names no classes" in check_suite(config).text
+    assert "3 of 3 classes of the 3 class names" in check_suite(config, ["ship", "dog", "cat"]).text
 
 
-def test_a_suite_that_no_data_could_mend_is_refused(root: Path) -> None:
-    with pytest.raises(UserError, match="there are id, shifted"):
-        check_suite(SuiteConfig(root=str(root), sets={**SETS, "x": SetConfig("flat", "ood")}))
+def test_folders_are_the_classes_where_nothing_names_any(root: Path) -> None:
+    config = SuiteConfig(root=str(root), sets={"cifar": SetConfig("cifar", "id")})
+    assert "3 of 3 classes of the 3 folders of cifar" in check_suite(config).text
+
+
+def test_some_of_the_text_tables_classes_are_asked_about(root: Path) -> None:
+    config = SuiteConfig(root=str(root), sets={"cifar": SetConfig("cifar", "id")})
+    names = ["ship", "dog", "cat", "horse"]
+    asked = check_suite(config, names)
+    assert "suite.sets.cifar has 3 class folders" in asked.text
+    assert not asked.complete
+    for word, told in {"all": "3 of 4 classes of the 4 class names", "folders": "(3 of the 4 class names's 4)"}.items():
+        config.sets["cifar"].class_names = word
+        assert told in check_suite(config, names).text
+
+
+def test_a_suite_that_no_data_could_mend_is_refused() -> None:
+    with pytest.raises(UserError, match=r"suite\.sets\.x\.role=ood is unknown.*; there are id, shifted"):
+        compose("recipe=ptq", "+suite.sets.x={path: flat, role: ood}")

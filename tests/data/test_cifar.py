@@ -12,11 +12,12 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms.functional import pil_to_tensor
 
-from qatlab.data.cifar import Cifar
-from qatlab.data.classlists import find_all, load_class_list
-from qatlab.data.sets import ImageSet
-from qatlab.data.transforms import Preprocess, read_rgb
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.data.images.cifar import Cifar
+from qatlab.data.images.classlists import load_class_list
+from qatlab.data.images.imageset import ImageSet
+from qatlab.data.images.labels import find_labels
+from qatlab.data.preprocess import Preprocess, read_rgb
 
 PREPROCESS = Preprocess(32, (0.5,) * 3, (0.5,) * 3)
 
@@ -56,7 +57,7 @@ def test_pickles_hold_what_torchvision_reads(
     witness = reader(str(root), train=False)
     layout = Cifar(root / reader.base_folder)
     classes = load_class_list(name)
-    rows = find_all(layout.keys, classes, "x", layout.class_names)
+    rows = find_labels(layout, classes, "x")
     items = ImageSet(layout, PREPROCESS, rows)
     assert len(items) == len(witness)
     for i in range(len(witness)):
@@ -120,3 +121,46 @@ def test_real_cifar_as_a_pickle_is_the_folder(tmp_path: Path, shared_data: Path)
     items = ImageSet(Cifar(tmp_path), PREPROCESS, {n: n for n in range(10)})
     assert [label for _, label in (items[i] for i in range(len(items)))] == list(range(10))
     assert torch.equal(items[4][0], read_rgb(files[4].read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("ab", "has ab for its labels, expected a list of numbers"),
+        (None, "has None for its labels"),
+        ([0, "abc"], r"test_batch labels image 1 with 'abc', expected a number"),
+        ([0, None], r"labels image 1 with 'None'"),
+        ([0, 0.5], r"labels image 1 with '0\.5'"),
+        ([0, True], r"labels image 1 with 'True'"),
+    ],
+)
+def test_faults_t4_labels_that_are_no_numbers_are_told(tmp_path: Path, labels: Any, message: str) -> None:
+    dump(tmp_path / "test_batch", {"data": np.zeros((2, 3072), np.uint8), "labels": np.array([0, 1])})
+    assert Cifar(tmp_path).keys == [0, 1]
+    dump(tmp_path / "test_batch", {"data": np.zeros((2, 3072), np.uint8), "labels": labels})
+    with pytest.raises(UserError, match=message):
+        Cifar(tmp_path)
+
+
+@pytest.mark.parametrize("names", [None, [], "cat", [b"cat", 3], {"cat": 0}])
+def test_faults_t4_names_that_are_no_list_of_text_are_told(tmp_path: Path, names: Any) -> None:
+    dump(tmp_path / "test_batch", {"data": np.zeros((1, 3072), np.uint8), "labels": [0]})
+    dump(tmp_path / "batches.meta", {"label_names": names})
+    with pytest.raises(UserError, match=r"batches\.meta names its classes .*, expected a list of text"):
+        Cifar(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02h\x05.",  # a memo that was never made: KeyError
+        b"\x80\x02X\xff\xff\xff\x7fa.",  # a text of 2 GiB: EOFError or UnpicklingError
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # bytes of 2^63: OverflowError or MemoryError
+        b"\x80\x02" + b"(" * 10 + b"0.",  # a stack that underflows
+        b"\x80\x02cnumpy\nndarray\n)R.",  # a call without arguments
+    ],
+)
+def test_faults_t4_a_damaged_pickle_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "test_batch").write_bytes(content)
+    with pytest.raises(UserError, match=r"test_batch (cannot be read as a|is no) CIFAR pickle"):
+        Cifar(tmp_path)

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from qatlab.data.corruptions import EXTRA, MAIN, TABLES, Corrupt, corrupt
-from qatlab.data.embedded import EmbeddedSet
-from qatlab.data.transforms import BadImage, Preprocess
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.data.corruptions import TABLES, Corrupt, corrupt
+from qatlab.data.embedded.sets import EmbeddedSet
+from qatlab.data.preprocess import BadImage, Preprocess
 
 DOCS = Path(__file__).parents[2] / "docs/CORRUPTIONS.md"
-NAMES = [*MAIN, *EXTRA]
+NAMES = list(TABLES["imagenet_c"])
 PREPROCESS = Preprocess(32, (0.5,) * 3, (0.5,) * 3)
 # Their constants trade strength against something else from one severity to the next (mud for water, a rougher cloud,
 # less reach for more passes, no affine map, more colour for less), and snow and frost can whiten only what is dark.
@@ -49,7 +49,7 @@ def test_constants_are_those_in_the_documentation():
     assert set(expected) == {(name, table) for name in NAMES for table in TABLES}
     for (name, table), rows in expected.items():
         assert TABLES[table][name] == rows, (name, table)
-    assert (len(MAIN), len(EXTRA)) == (15, 4)
+    assert len(NAMES) == 19
 
 
 class Corrupted(Dataset):

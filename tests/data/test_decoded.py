@@ -7,21 +7,22 @@ import resource
 import pytest
 import torch
 
-from qatlab.data import decoded
-from qatlab.data.captions import CaptionShards
-from qatlab.data.embedded import write_caption_shards
+from qatlab.core.errors import UserError
+from qatlab.data.captions.source import CaptionShards
+from qatlab.data.embedded.sets import write_caption_shards
+from qatlab.data.preprocess import Preprocess
 from qatlab.data.rendered import RenderedShards
-from qatlab.data.transforms import Preprocess
-from qatlab.errors import UserError
+from qatlab.data.storage import decoded
 
 PREPROCESS = Preprocess(32, (0.5,) * 3, (0.5,) * 3)
-RECORD = 3 * 32 * 32 + 8
+RECORD = 3 * 32 * 32 + decoded.MARK
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("QATLAB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache/decoded"
+    return tmp_path / "cache" / decoded.FOLDER
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_an_image_is_stored_when_it_is_first_decoded(folder, decodes):
     assert len(decodes) == 16
 
 
-@pytest.mark.parametrize("place", [0, RECORD // 2, RECORD - 9, RECORD - 8, RECORD - 1])
+@pytest.mark.parametrize("place", [0, RECORD // 2, RECORD - 17, RECORD - 16, RECORD - 9, RECORD - 8, RECORD - 1])
 def test_a_damaged_image_is_decoded_anew(folder, cache, decodes, place):
     plain = batches(folder, True)
     (path,) = list(cache.rglob("*.u8"))[:1]
@@ -90,7 +91,7 @@ def test_a_damaged_image_is_decoded_anew(folder, cache, decodes, place):
 def test_a_file_that_was_cut_or_emptied_is_filled_again(folder, cache, decodes):
     plain = batches(folder, True)
     one, other = cache.rglob("*.u8")
-    os.truncate(one, 5 * RECORD - 4)
+    os.truncate(one, 5 * RECORD - 12)
     os.truncate(other, 0)
     os.truncate(other, 20 * RECORD)  # all zeros, as a hole in a file is
     decodes.clear()
@@ -117,6 +118,18 @@ def test_what_decides_the_pixels_decides_the_file(folder, tmp_path, decodes):
         os.utime(shard, (1, 1))
     batches(folder, True, [0])
     assert len(decodes) == 8
+
+
+def test_data_w1_a_shard_rewritten_with_the_time_put_back_is_decoded_anew(folder, decodes):
+    path = folder / "00000.tar"
+    before, data = path.stat(), path.read_bytes()
+    batches(folder, True)
+    decodes.clear()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        path.write_bytes(data)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    batches(folder, True)
+    assert len(decodes) == 20
 
 
 def test_one_source_serves_two_preprocessings(folder):

@@ -11,12 +11,13 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from qatlab.data import CaptionModule, Preprocess, world
-from qatlab.data.embedded import BIASED, CLASS_NAMES, KINDS, EmbeddedSet, lesson, write_caption_shards
-from qatlab.data.module import caption_ids
+from qatlab.core.errors import UserError
+from qatlab.data import CaptionModule, Preprocess
+from qatlab.data.captions.batches import caption_ids
+from qatlab.data.embedded import world
+from qatlab.data.embedded.sets import BIASED, CLASS_NAMES, KINDS, EmbeddedSet, lesson, write_caption_shards
+from qatlab.data.embedded.vocabulary import caption, tokenize
 from qatlab.data.rendered import RenderedShards, RenderedStream
-from qatlab.data.vocabulary import caption, tokenize
-from qatlab.errors import UserError
 
 
 def images(kind: str, n: int = 32, seed: int = 0) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Remote shards: fetched once per machine when they are reached, whoever asks, and whole or not at all."""
 
+import bz2
 import gzip
 import http.server
 import multiprocessing
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from qatlab.cache import once
-from qatlab.data.captions import CaptionShards
-from qatlab.data.embedded import write_caption_shards
-from qatlab.data.fetch import local_file
-from qatlab.data.module import CaptionModule
-from qatlab.data.transforms import Preprocess
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.core.files import once
+from qatlab.data.captions.batches import CaptionModule
+from qatlab.data.captions.source import CaptionShards
+from qatlab.data.embedded.sets import write_caption_shards
+from qatlab.data.preprocess import Preprocess
+from qatlab.data.storage.fetch import local_file
 
 PREPROCESS = Preprocess(16, (0.5,) * 3, (0.5,) * 3)
 
@@ -91,7 +92,7 @@ def test_each_shard_is_fetched_once_by_all_workers(server, folder, cache):
 
 
 def test_a_shard_is_fetched_when_it_is_reached(server, monkeypatch):
-    monkeypatch.setattr("qatlab.data.order.SHUFFLE_WINDOW", 10)
+    monkeypatch.setattr("qatlab.data.captions.order.SHUFFLE_WINDOW", 10)
     data = CaptionShards(server.root + "/{00000..00003}.tar", "test")
     data.fingerprint()
     assert server.fetched == {}
@@ -115,14 +116,17 @@ def test_pipes_and_packed_remote_shards(tmp_path, server, folder):
     ("shard", "message"),
     [
         ("pipe:exit 3", r"pipe:exit 3 cannot be fetched \(its command ended with status 3\)"),
-        ("ROOT/short-00000.tar?secret=1", r"/short-00000\.tar cannot be fetched \(its command ended with status 18\)"),
+        (
+            "ROOT/short-00000.tar?secret=abcdefg",
+            r"/short-00000\.tar\?secret=\.\.\. cannot .* command ended with status 18\)",
+        ),
         ("nowhere://bucket/0.tar", r"nowhere://bucket/0\.tar cannot be fetched"),
     ],
 )
 def test_what_cannot_be_fetched_is_named_and_leaves_nothing(server, cache, shard, message):
     with pytest.raises(UserError, match=message) as failure:
         local_file(shard.replace("ROOT", server.root))
-    assert "secret" not in str(failure.value)
+    assert "abcdefg" not in str(failure.value)
     assert list((cache / "shards").iterdir()) == []
 
 
@@ -164,7 +168,7 @@ def test_without_locks_everybody_still_gets_the_file(cache, monkeypatch):
     def refused(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("qatlab.cache.fcntl.flock", refused)
+    monkeypatch.setattr("qatlab.core.files.fcntl.flock", refused)
     once(cache / "file", lambda temporary: temporary.write_text("made"))
     assert (cache / "file").read_text() == "made"
 
@@ -173,16 +177,34 @@ def test_without_locks_everybody_still_gets_the_file(cache, monkeypatch):
     ("number", "message"),
     [
         (28, r"/shards/0\.tar could not be written, .* \(\d+ MiB free\)"),
-        (13, r"/shards cannot be .* \(Permission denied; \d+ MiB"),
+        (13, r"/shards cannot be written to \(Permission denied\)"),
     ],
 )
-def test_a_folder_that_takes_nothing_is_named_with_the_free_space(cache, number, message):
+def test_a_folder_that_takes_nothing_is_named(cache, number, message):
     def failing(temporary):
         raise OSError(number, os.strerror(number))
 
     with pytest.raises(UserError, match=message):
         once(cache / "shards" / "0.tar", failing)
     assert list((cache / "shards").iterdir()) == []
+
+
+def test_data_w1_the_fingerprint_of_shards_is_of_their_content(tmp_path):
+    def print_of(*names):
+        return CaptionShards([str(tmp_path / name) for name in names], "test").fingerprint()
+
+    data = bytearray(os.urandom(2**20))
+    for name in ("a/0.tar", "b/renamed.tar", "c/0.tar"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(data)
+        os.utime(tmp_path / name, (1, 1))
+    assert print_of("a/0.tar") == print_of("b/renamed.tar")
+    for place in (600, 2**20 // 17 + 9, 2**20 - 600):  # a header, a block in between, the end
+        data[place] ^= 1
+        (tmp_path / "c/0.tar").write_bytes(data)
+        os.utime(tmp_path / "c/0.tar", (1, 1))
+        assert print_of("c/0.tar") != print_of("a/0.tar")
+        data[place] ^= 1
 
 
 def test_fingerprint_tells_the_shards(tmp_path, server):
@@ -199,3 +221,22 @@ def test_fingerprint_tells_the_shards(tmp_path, server):
     assert len(known) == 6
     assert all(len(text) == 16 for text in known)
     assert server.fetched == {}
+
+
+def test_faults_s4_a_copy_stays_known_when_its_signature_changes(server, folder):
+    first = local_file(f"{server.root}/00000.tar?sig=one&file=0.tar")
+    assert local_file(f"{server.root}/00000.tar?sig=two&file=0.tar") == first
+    assert local_file(f"{server.root}/00000.tar?sig=two&file=1.tar") != first
+    assert server.fetched == {"00000.tar": 2}
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress])
+def test_faults_s7_an_archive_that_would_fill_the_disk_is_refused(tmp_path, cache, monkeypatch, pack):
+    monkeypatch.setattr("qatlab.data.storage.fetch.UNPACKED_BYTES", 2**20)
+    bomb, text = tmp_path / "bomb.tar.packed", tmp_path / "text.tar.packed"
+    bomb.write_bytes(pack(bytes(10 * 2**20)))
+    text.write_bytes(pack(bytes(2**19)))  # as much smaller, and small all the same
+    with pytest.raises(UserError, match=r"bomb\.tar\.packed unpacks to more than 100 times its \d+ bytes"):
+        local_file(str(bomb))
+    assert list((cache / "shards").iterdir()) == []
+    assert local_file(str(text)).stat().st_size == 2**19

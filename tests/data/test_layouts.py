@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from qatlab.data.images import Folders, ImageFolderSet
-from qatlab.data.layouts import READERS, open_layout, probe
-from qatlab.data.transforms import Preprocess
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.data.images.folders import Folders
+from qatlab.data.images.imageset import ImageSet
+from qatlab.data.images.layouts import READERS, open_layout, probe
+from qatlab.data.preprocess import Preprocess
 
 PREPROCESS = Preprocess(8, (0.5,) * 3, (0.5,) * 3)
 TREES = {
@@ -70,7 +71,7 @@ def test_trees_with_a_folder_images_are_the_trees_in_it(tmp_path: Path) -> None:
     for i in range(4):
         grey(tmp_path / "with" / "images" / f"{i // 2}" / f"{i}.png", i)
         grey(tmp_path / "without" / f"{i // 2}" / f"{i}.png", i)
-    one, other = (ImageFolderSet(tmp_path / name, PREPROCESS, {"0": 0, "1": 1}) for name in ("with", "without"))
+    one, other = (ImageSet(Folders(tmp_path / name), PREPROCESS, {"0": 0, "1": 1}) for name in ("with", "without"))
     assert one.labels == [0, 0, 1, 1]
     assert one.fingerprint() == other.fingerprint()
     grey(tmp_path / "with" / "more" / "5.png", 5)
@@ -82,16 +83,16 @@ def test_an_empty_class_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     index = {"cat": 0, "dog": 1}
     with pytest.raises(UserError, match=r"The class folder .*dog holds no image; put its images back"):
-        ImageFolderSet(tmp_path, PREPROCESS, index)
-    assert len(ImageFolderSet(tmp_path, PREPROCESS, index, exclude=["dog"])) == 1
-    assert len(ImageFolderSet(tmp_path, PREPROCESS, None)) == 1
+        ImageSet(Folders(tmp_path), PREPROCESS, index)
+    assert len(ImageSet(Folders(tmp_path), PREPROCESS, index, exclude=["dog"])) == 1
+    assert len(ImageSet(Folders(tmp_path), PREPROCESS, None)) == 1
 
 
 def test_a_truncated_jpeg_is_named(tmp_path: Path, shared_data: Path) -> None:
     whole = next((shared_data / "imagenet1k" / "n01440764").iterdir()).read_bytes()
     (tmp_path / "tench").mkdir()
     (tmp_path / "tench" / "0.jpg").write_bytes(whole[: len(whole) // 2])
-    items = ImageFolderSet(tmp_path, PREPROCESS, {"tench": 0})
+    items = ImageSet(Folders(tmp_path), PREPROCESS, {"tench": 0})
     with pytest.raises(UserError, match=r"tench/0\.jpg cannot be read as an image: .*\. Replace it or delete it\."):
         items[0]
 
@@ -99,6 +100,6 @@ def test_a_truncated_jpeg_is_named(tmp_path: Path, shared_data: Path) -> None:
 def test_the_original_is_neither_resized_nor_cropped(tmp_path: Path) -> None:
     grey(tmp_path / "a" / "0.png", 7)
     Image.new("RGB", (30, 20), (1, 2, 3)).save(tmp_path / "a" / "1.png")
-    items = ImageFolderSet(tmp_path, PREPROCESS, {"a": 0})
+    items = ImageSet(Folders(tmp_path), PREPROCESS, {"a": 0})
     assert items.raw(1).shape == (3, 20, 30)
     assert torch.equal(PREPROCESS.fit(items.raw(1)), items[1][0])

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from qatlab import clip as clips
-from qatlab.clip import Clip
 from qatlab.config import ModelConfig
-from qatlab.data.embedded import CLASS_NAMES
-from qatlab.data.negatives import GENERIC, Words, load_words, negative_labels, word_features
-from qatlab.data.vocabulary import tokenize
-from qatlab.data.world import COLOURS, SCENE_NAMES, TEXTURES
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.data.embedded.sets import CLASS_NAMES
+from qatlab.data.embedded.vocabulary import tokenize
+from qatlab.data.embedded.world import COLOURS, SCENE_NAMES, TEXTURES
+from qatlab.evaluation.negatives import GENERIC, Words, load_words, negative_labels, word_features
 from qatlab.metrics.neglabel import NegLabels, grouped, mine
-from qatlab.zeroshot import encode_text
+from qatlab.models import clip as clips
+from qatlab.models.clip import Clip
+from qatlab.models.zeroshot import encode_text
 
 pytestmark = pytest.mark.usefixtures("cold")
 
@@ -134,3 +134,13 @@ def test_mistakes_are_told_in_a_sentence(clip: Clip, tmp_path: Path) -> None:
     clip.model = None
     with pytest.raises(UserError, match=r"no text tower, so 3 texts \(first 'a sky'\) cannot be encoded.*neglabel"):
         word_features(clip, few)
+
+
+def test_data_t2_word_lists_in_other_encodings(tmp_path: Path) -> None:
+    (tmp_path / "noun.x.txt").write_bytes("café\r\n\r\nsky\r\n".encode("utf-16"))
+    (tmp_path / "adj.x.txt").write_bytes("\ufeffred\n".encode())
+    words = load_words(str(tmp_path))
+    assert (words.nouns, words.adjectives) == (["café", "sky"], ["red"])
+    (tmp_path / "adj.x.txt").write_bytes(b"red\ncaf\xe9\n")
+    with pytest.raises(UserError, match=r"adj\.x\.txt, line 2: the byte 0xe9 is no UTF-8"):
+        load_words(str(tmp_path))

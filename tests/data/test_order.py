@@ -7,8 +7,8 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from qatlab.data import order
-from qatlab.data.order import Order
+from qatlab.data.captions import order
+from qatlab.data.captions.order import Order
 
 
 class Counts:

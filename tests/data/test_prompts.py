@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import open_clip
 import pytest
 
-from qatlab.data.prompts import prompts, template_sets
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.models.prompts import prompts
 
 
 def test_imagenets_are_those_of_open_clip() -> None:
@@ -36,7 +37,8 @@ def test_the_others_are_those_of_openais_page(shared_data: Path, name: str, data
 
 
 def test_a_set_has_as_many_templates_as_its_name_says() -> None:
-    numbers = {name: "".join(filter(str.isdigit, name)) for name in template_sets()}
+    packaged = json.loads((files("qatlab") / "assets" / "templates.json").read_text())
+    numbers = {name: "".join(filter(str.isdigit, name)) for name in packaged}
     assert {name: len(prompts(name).templates) for name in numbers} == {
         name: int(number or 1) for name, number in numbers.items()
     }

@@ -4,10 +4,12 @@ import http.server
 import threading
 
 import pytest
+from braceexpand import braceexpand
 from omegaconf import OmegaConf
 
-from qatlab.data.shards import expand_shards
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.core.limits import use_limits
+from qatlab.data.captions.locate import count_names, expand_shards
 
 
 @pytest.fixture
@@ -79,3 +81,77 @@ def test_urls_are_asked_for():
         server.server_close()
     with pytest.raises(UserError, match="does not answer"):
         expand_shards(root + "/0.tar")
+
+
+def test_data_c1_patterns_joined_as_in_webdataset_and_open_clip(folder):
+    expected = [str(folder / f"{number:05d}.tar") for number in (1, 2, 0)]
+    assert expand_shards(f"{folder}/{{00001..00002}}.tar::{folder}/00000.tar") == expected
+    (folder / "sub").mkdir()
+    (folder / "sub/0.TAR").touch()
+    assert expand_shards(f"{folder}/00001.tar::{folder}/sub") == [expected[0], str(folder / "sub/0.TAR")]
+    assert expand_shards("gs://a/{0..1}.tar::gs://b/0.tar") == ["gs://a/0.tar", "gs://a/1.tar", "gs://b/0.tar"]
+    assert expand_shards("s3://[::1]:9000/{0..1}.tar") == [f"s3://[::1]:9000/{number}.tar" for number in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "joined", ["*.tar", "0000[12].tar", "00000.tar,00001.tar", "00000.tar 00001.tar", "00000.tar;00001.tar"]
+)
+def test_data_c1_other_ways_to_say_several_are_named(folder, joined):
+    remedy = (
+        "wildcards are not expanded here" if joined[0] == "*" or "[" in joined else r"join them by '::' or write a list"
+    )
+    with pytest.raises(UserError, match=remedy):
+        expand_shards(f"{folder}/{joined}")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a", "{1..3}", "{007..1}", "{a..g..2}", "{Z..b}", "x{a,b{1..3},{c,d}e}y{0..9..3}", "{}", "{a}",
+     r"\{1..3\}{1,2}", "{,a}", "{5..5}",
+     "{9..0..4}", "{1..3..0}", "a{b{1..2}c}", "{-3..2}{x,y}"],
+)  # fmt: skip
+def test_data_c1_names_are_counted_as_they_are_expanded(pattern):
+    assert count_names(pattern) == len(list(braceexpand(pattern)))
+
+
+@pytest.mark.parametrize("pattern", ["{0..99999999999}.tar", "{00000..09999}{00000..09999}.tar", "a{b,c{1..1000001}}"])
+def test_faults_s7_a_pattern_of_too_many_names_is_refused_before_one_is_made(folder, monkeypatch, pattern):
+    monkeypatch.setattr("qatlab.data.captions.locate.braceexpand", None)
+    with pytest.raises(UserError, match=r"stands for \d+ names, above limits\.names=1000000"):
+        expand_shards(f"{folder}/{pattern}")
+
+
+def test_faults_s7_the_limit_of_names_is_an_option(monkeypatch):
+    monkeypatch.setenv("QATLAB_LIMITS", "{}")
+    use_limits(pixels=1, member_bytes=1, names=3)
+    assert len(expand_shards("gs://{0..2}.tar")) == 3
+    with pytest.raises(UserError, match=r"above limits\.names=3"):
+        expand_shards("gs://{0..3}.tar")
+
+
+def test_faults_s5_a_command_in_a_list_file_is_refused(folder):
+    listed = folder / "list.txt"
+    listed.write_text("\ufeff00000.tar\n  pipe:touch /tmp/ran; cat 00001.tar\n")
+    with pytest.raises(UserError, match=r"list\.txt, line 2, is a command \(pipe:\)"):
+        expand_shards(str(listed))
+    with pytest.raises(UserError, match="is a command"):
+        expand_shards(["pipe:true", str(listed)])  # though beside it one was given
+    listed.write_text("{pipe:true,00000.tar}\n")  # braces make no command of a path
+    with pytest.raises(UserError, match="does not exist"):
+        expand_shards(str(listed))
+
+
+def test_data_part4_what_lies_beside_the_shards_of_a_folder(folder):
+    (folder / "._00000.tar").touch()
+    (folder / "00003.TAR").touch()
+    assert [shard[-9:] for shard in expand_shards(str(folder))] == ["00000.tar", "00001.tar", "00002.tar", "00003.TAR"]
+    (folder / "packed").mkdir()
+    (folder / "packed/0.tar.gz").touch()
+    with pytest.raises(UserError, match=r"holds no \.tar file; name compressed ones by a pattern \(0\.tar\.gz\)"):
+        expand_shards(str(folder / "packed"))
+
+
+def test_faults_s4_the_sentence_for_a_url_that_does_not_answer_holds_no_signature():
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/0\.tar\?sig=\.\.\. does not answer") as failure:
+        expand_shards("http://127.0.0.1:9/0.tar?sig=abcdefg")
+    assert "abcdefg" not in str(failure.value)

@@ -9,14 +9,17 @@ import os
 import pickle
 import random
 import tarfile
+import tracemalloc
 from collections import Counter
 
 import pytest
 from webdataset.tariterators import tarfile_samples
 
-from qatlab.data import tars
-from qatlab.data.tars import OpenFile, Shards, load_index
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.core.limits import use_limits
+from qatlab.data.preprocess import BadImage
+from qatlab.data.storage import tars
+from qatlab.data.storage.tars import OpenFile, Shards, load_index
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +77,69 @@ def test_samples_are_those_of_webdataset(tmp_path, kind):
     assert load_index(str(path)).damage == ""
 
 
-def test_a_name_that_stands_twice_ends_the_shard_as_it_does_in_webdataset(tmp_path):
-    twice = [("a.jpg", b"1"), ("b.jpg", b"2"), ("b.JPG", b"3"), ("c.jpg", b"4")]
+def parts(shards):
+    return [(sample["__key__"], sorted(set(sample) - {"__key__"})) for sample in content(shards)]
+
+
+def test_data_d1_a_sample_begins_where_a_suffix_comes_again(tmp_path):
+    """Six samples by open_clip's rule, where webdataset's reader raises and the whole shard was lost."""
+    twice = [(f"{key}.{part}", key.encode()) for key in "abbcde" for part in ("jpg", "txt")]
     path = write(tmp_path / "0.tar", twice)
     with pytest.raises(ValueError, match="duplicate"):
         streamed(path)
-    assert [sample["__key__"] for sample in content(Shards([str(path)]))] == ["a"]
-    assert "duplicate file name" in load_index(str(path)).damage
+    assert parts(Shards([str(path)])) == [(key, ["jpg", "txt"]) for key in "abbcde"]
+    assert load_index(str(path)).damage == ""
+
+
+def test_data_d1_also_where_the_suffix_differs_in_case_or_only_the_image_comes_again(tmp_path):
+    path = write(tmp_path / "0.tar", [(name, b"1") for name in ("a.jpg", "b.jpg", "b.JPG", "b.txt", "c.jpg")])
+    assert parts(Shards([str(path)])) == [("a", ["jpg"]), ("b", ["jpg"]), ("b", ["jpg", "txt"]), ("c", ["jpg"])]
+
+
+def test_data_part4_a_second_archive_behind_the_first_is_damage(tmp_path):
+    first = write(tmp_path / "0.tar", [("a.jpg", b"1"), ("b.jpg", b"2")]).read_bytes()
+    second = write(tmp_path / "1.tar", [("c.jpg", b"3")]).read_bytes()
+    (tmp_path / "joined.tar").write_bytes(first + second)
+    index = load_index(str(tmp_path / "joined.tar"))
+    assert index.keys == ["a", "b"]
+    assert index.damage == f"a second archive follows its end at byte {len(first)}, not read"
+    (tmp_path / "padded.tar").write_bytes(first + bytes(30_000))
+    assert load_index(str(tmp_path / "padded.tar")).damage == ""
+    (tmp_path / "signed.tar").write_bytes(first + b"a signature, no archive" * 50)  # nothing is lost
+    assert load_index(str(tmp_path / "signed.tar")).damage == ""
+    # a lone block of zeros ends an archive for tarfile: what follows it is not read, and that is said
+    (tmp_path / "holed.tar").write_bytes(first[:1024] + bytes(512) + first[1024:])
+    holed = load_index(str(tmp_path / "holed.tar"))
+    assert (holed.keys, holed.damage) == (["a"], "a second archive follows its end at byte 1536, not read")
+
+
+def test_faults_s7_a_member_above_the_limit_is_not_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "0.tar", [("a.jpg", b"1" * 1000), ("a.txt", b"small")])
+    (sample,) = [Shards([str(path)]).sample(0, 0)]
+    monkeypatch.setenv("QATLAB_LIMITS", "{}")
+    use_limits(pixels=10**6, member_bytes=999, names=10)
+    read = []
+    monkeypatch.setattr(os, "pread", lambda number, size, offset: read.append(size) or b"small")
+    with pytest.raises(BadImage, match=r"1000 bytes are above limits\.member_bytes=999"):
+        sample.read("jpg")
+    assert sample.read("txt") == b"small"
+    assert read == [5]
+
+
+def test_faults_s7_a_long_name_of_a_gigabyte_is_damage_and_not_taken_into_memory(tmp_path):
+    """tarfile reads an extended header whole, whatever size it claims; the file here is sparse."""
+    path = write(tmp_path / "0.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2**30
+    with path.open("r+b") as file:
+        file.seek(2048)
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(2**30 + 10_240)
+    tracemalloc.start()
+    index = load_index(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+    assert (index.keys, index.damage) == (["a"], "a header of 1073741824 bytes")
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -150,6 +209,7 @@ def test_nothing_readable_is_said_with_the_reason(tmp_path):
         shards.count(0)
 
 
+@pytest.mark.usefixtures("settled")
 def test_an_index_is_made_once_until_the_file_changes(tmp_path, monkeypatch):
     path = write(tmp_path / "0.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
     scanned = []
@@ -170,6 +230,57 @@ def test_an_index_is_made_once_until_the_file_changes(tmp_path, monkeypatch):
     assert len(scanned) == 4
     assert len(load_index(str(path))) == 7
     assert len(scanned) == 4
+
+
+def rewritten(path, members):
+    """Other members of the same names and sizes, with the time of change put back."""
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # until the file system's clock has moved on
+        write(path, members)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.usefixtures("settled")
+def test_data_w1_a_tar_rewritten_with_the_time_put_back_is_indexed_anew(tmp_path):
+    path = write(tmp_path / "0.tar", [("a.jpg", b"1" * 600), ("b.jpg", b"2" * 600)])
+    first = load_index(str(path))
+    rewritten(path, [("c.jpg", b"3" * 600), ("d.jpg", b"4" * 600)])
+    second = load_index(str(path))
+    assert (first.keys, second.keys) == (["a", "b"], ["c", "d"])
+    assert first.identity != second.identity
+
+
+def test_data_w1_the_index_of_a_tar_that_was_written_just_now_is_not_kept(tmp_path, monkeypatch):
+    path = write(tmp_path / "0.tar", [("a.jpg", b"1")])
+    scanned, original, now = [], tars._scan, tars.time.time_ns
+    monkeypatch.setattr(tars, "_scan", lambda *args, **more: scanned.append(args) or original(*args, **more))
+    assert [load_index(str(path)).settled for _ in range(2)] == [False, False]
+    monkeypatch.setattr(tars.time, "time_ns", lambda: now() + 3 * 10**9)
+    assert [load_index(str(path)).settled for _ in range(2)] == [True, True]
+    assert len(scanned) == 3
+
+
+@pytest.mark.usefixtures("settled")
+def test_data_w1_a_compressed_shard_is_unpacked_again_when_its_content_changes(tmp_path):
+    path = tmp_path / "0.tar.gz"
+    packed = [gzip.compress(write(tmp_path / "0.tar", [("a.jpg", value * 600)]).read_bytes()) for value in (b"1", b"2")]
+    assert len({*map(len, packed)}) == 1
+    for data, value in zip(packed, (b"1", b"2"), strict=True):
+        path.write_bytes(data)
+        os.utime(path, ns=(1, 1))
+        assert Shards([str(path)]).sample(0, 0).read("jpg") == value * 600
+    os.utime(path, ns=(2, 2))
+    load_index(str(path))
+    assert len(list((tmp_path / "cache/shards").glob("*.tar"))) == 2  # another time alone is no other content
+
+
+def test_data_w1_another_name_for_a_tar_that_is_being_read_is_no_change(tmp_path):
+    path = write(tmp_path / "0.tar", [("a.jpg", b"1")])
+    shards = Shards([str(path)])
+    shards.count(0)
+    (tmp_path / "backup.tar").hardlink_to(path)
+    assert shards.sample(0, 0).read("jpg") == b"1"
 
 
 def test_a_file_that_changes_under_the_reader_is_named(tmp_path):

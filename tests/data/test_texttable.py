@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qatlab.core.errors import UserError
 from qatlab.data.texttable import TextTable, load_text_table, save_text_table
-from qatlab.errors import UserError
 
 DATA = Path(os.environ.get("QATLAB_TEST_DATA") or Path(__file__).parents[2] / "../shared/data")
 
@@ -57,7 +57,7 @@ def save(path, metadata=None, **tensors):
         ("t.safetensors:short", "2 rows but 1 names"),
         ("t.safetensors:birds", "no names for the table 'birds'"),
         ("u.safetensors", "has no class names; .* u_names.json"),
-        ("v.safetensors", "are no JSON"),
+        ("v.safetensors", "it is no JSON"),
         ("w.safetensors", "must be a JSON list of text"),
         ("x.safetensors", "cannot be read"),
     ],
@@ -82,3 +82,13 @@ def test_real_tables():
     assert table.names[:2] == ["tench", "goldfish"]
     torch.testing.assert_close(table.features.double().norm(dim=1), torch.ones(1000, dtype=torch.float64))
     assert len(load_text_table(f"{path}:coco80").names) == 80
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_data_t2_names_beside_a_table_in_other_encodings(tmp_path, encoding):
+    save(tmp_path / "t.safetensors", {}, birds=torch.eye(2))
+    (tmp_path / "t.json").write_bytes('["tit", "café"]'.encode(encoding))
+    assert load_text_table(f"{tmp_path}/t.safetensors").names == ["tit", "café"]
+    (tmp_path / "t.json").write_bytes(b'["tit", "caf\xe9"]')
+    with pytest.raises(UserError, match=r"t\.json, line 1: the byte 0xe9 is no UTF-8"):
+        load_text_table(f"{tmp_path}/t.safetensors")

@@ -13,10 +13,11 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from qatlab.data.sets import ImageSet
-from qatlab.data.transforms import Preprocess, read_rgb
-from qatlab.data.webdatasets import WebDatasetFolder
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.core.limits import use_limits
+from qatlab.data.images.imageset import ImageSet
+from qatlab.data.images.webdatasets import WebDatasetFolder
+from qatlab.data.preprocess import Preprocess, read_rgb
 
 PREPROCESS = Preprocess(8, (0.5,) * 3, (0.5,) * 3)
 ROWS = {0: 0, 1: 1, 2: 2}
@@ -70,10 +71,10 @@ def test_the_split_folder_does_too_and_other_processes_read_it(folder: Path) -> 
 
 
 def test_another_image_is_another_set(folder: Path) -> None:
-    first = ImageSet(WebDatasetFolder(folder), PREPROCESS, ROWS)
+    first = ImageSet(WebDatasetFolder(folder), PREPROCESS, ROWS).fingerprint()
     with webdataset.TarWriter(str(folder / "test" / "1.tar")) as tar:
         tar.write({"__key__": "s0000004", "png": encoded(4, "PNG") + b"more", "cls": 1})
-    assert ImageSet(WebDatasetFolder(folder), PREPROCESS, ROWS).fingerprint() != first.fingerprint()
+    assert ImageSet(WebDatasetFolder(folder), PREPROCESS, ROWS).fingerprint() != first
 
 
 def test_mistakes(folder: Path) -> None:
@@ -98,9 +99,63 @@ def test_mistakes(folder: Path) -> None:
         WebDatasetFolder(folder)
 
 
+def test_data_d1_a_sample_that_stands_twice_is_told_properly(folder: Path) -> None:
+    with webdataset.TarWriter(str(folder / "test" / "1.tar")) as tar:
+        for key in ("s4", "s5", "s5"):
+            tar.write({"__key__": key, "png": encoded(4, "PNG"), "cls": 1})
+    with pytest.raises(UserError, match=r"1\.tar holds the sample s5 more than once .*: it was written to again"):
+        WebDatasetFolder(folder)
+
+
+def test_data_part4_tars_joined_by_cat_are_damage(folder: Path) -> None:
+    tar = folder / "test" / "1.tar"
+    tar.write_bytes((folder / "test" / "0.tar").read_bytes() + tar.read_bytes())
+    with pytest.raises(UserError, match=r"1\.tar is damaged \(a second archive follows its end"):
+        WebDatasetFolder(folder)
+
+
+def test_faults_s7_a_part_above_the_limit_is_an_image_that_cannot_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = ImageSet(WebDatasetFolder(folder), PREPROCESS, ROWS)
+    monkeypatch.setenv("QATLAB_LIMITS", "{}")
+    use_limits(pixels=100, member_bytes=20, names=1)
+    with pytest.raises(UserError, match=r"cannot be read as an image: \d+ bytes are above limits\.member_bytes=20"):
+        items[0]
+    use_limits(pixels=100, member_bytes=0, names=1)
+    with pytest.raises(UserError, match=r"cls is no number of a class: \d+ bytes are above"):
+        WebDatasetFolder(folder)
+
+
 def test_an_image_cut_short_is_named(folder: Path) -> None:
     with webdataset.TarWriter(str(folder / "test" / "1.tar"), encoder=False) as tar:
         tar.write({"__key__": "s4", "png": encoded(4, "PNG")[:45], "cls": b"1"})
     items = ImageSet(WebDatasetFolder(folder), PREPROCESS, ROWS)
     with pytest.raises(UserError, match=r"test/1\.tar:s4 cannot be read as an image"):
         items[4]
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "\u00b2", "2.0", "", "9" * 40])
+def test_faults_t4_a_count_of_tars_that_is_none_is_told(folder: Path, count: str) -> None:
+    (folder / "test" / "nshards.txt").write_text(count, encoding="utf-8")
+    with pytest.raises(UserError, match=f"nshards.txt says '{count}', expected the number of tars"):
+        WebDatasetFolder(folder)
+
+
+def test_data_t2_what_lies_beside_the_tars_is_read_in_any_marked_encoding(folder: Path) -> None:
+    (folder / "test" / "nshards.txt").write_bytes("2\r\n".encode("utf-16"))
+    (folder / "classnames.txt").write_bytes("tench\r\n\r\nhen\r\n".encode("utf-8-sig"))
+    (folder / "zeroshot_classification_templates.txt").write_bytes("a {c}\n\nthe {c}\n".encode("utf-8-sig"))
+    layout = WebDatasetFolder(folder)
+    assert layout.class_names == ["tench", "", "hen"]
+    assert layout.templates == ["a {}", "the {}"]
+    (folder / "classnames.txt").write_bytes(b"tench\ncaf\xe9\n")
+    with pytest.raises(UserError, match=r"classnames\.txt, line 2: the byte 0xe9"):
+        WebDatasetFolder(folder)
+
+
+def test_data_part4_tars_without_a_sample_are_told(folder: Path) -> None:
+    for tar in (folder / "test").glob("*.tar"):
+        tar.write_bytes(bytes(10_240))
+    with pytest.raises(UserError, match=r"test holds no image; check that all was downloaded and unpacked"):
+        ImageSet(WebDatasetFolder(folder), PREPROCESS, ROWS)

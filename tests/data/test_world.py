@@ -6,10 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from qatlab.data import shapes, world
-from qatlab.data.scenes import SCENES
-from qatlab.data.vocabulary import END, TEMPLATES, WORDS, caption, tokenize
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.data.embedded import shapes, world
+from qatlab.data.embedded.scenes import SCENES
+from qatlab.data.embedded.vocabulary import END, TEMPLATES, WORDS, caption, tokenize
 
 
 def specs(count: int, seed: int = 0) -> list[world.Spec]:

@@ -9,21 +9,24 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from qatlab.deploy.cpu import lacks_vnni
 from qatlab.quant import LSQ, LoRA, LSQPlus, MinMax, RaanA, Rotation, calibrate, quantize
-from qatlab.quant.dynamic import DynamicMinMax
-from qatlab.quant.lr_qat import LRQAT
+from qatlab.quant.quantizers.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.lr_qat import LRQAT
 
+# Of weights: what this machine's instructions multiply without cutting sums off.
+BITS = 7 if lacks_vnni() else 8
 # The slots of quantize by name; each has an exact integer form, or the one of INEXACT's reasons not to.
-PLAIN = {"weight": partial(MinMax, 8, per_channel=True), "act": partial(MinMax, 8)}
+PLAIN = {"weight": partial(MinMax, BITS, per_channel=True), "act": partial(MinMax, 8)}
 EXACT: dict[str, dict[str, Any]] = {
     "absmax": PLAIN,
-    "per tensor": {**PLAIN, "weight": partial(MinMax, 8)},
+    "per tensor": {**PLAIN, "weight": partial(MinMax, BITS)},
     "least squares": {"weight": partial(MinMax, 4, per_channel=True, observer="mse"), "act": partial(MinMax, 8, observer="mse")},
     "zero point": {**PLAIN, "act": partial(MinMax, 8, symmetric=False)},
     "four bits": {"weight": partial(MinMax, 4, per_channel=True), "act": partial(MinMax, 4)},
     "four bits, zero point": {**PLAIN, "act": partial(MinMax, 4, symmetric=False)},
-    "lsq": {"weight": partial(LSQ, 8, per_channel=True), "act": partial(LSQ, 8)},
-    "lsq_plus": {"weight": partial(LSQ, 8, per_channel=True), "act": partial(LSQPlus, 8)},
+    "lsq": {"weight": partial(LSQ, BITS, per_channel=True), "act": partial(LSQ, 8)},
+    "lsq_plus": {"weight": partial(LSQ, BITS, per_channel=True), "act": partial(LSQPlus, 8)},
     "lr_qat": {"weight": partial(LRQAT, 4, rank=2), "act": partial(MinMax, 8)},
     "ends": {**PLAIN, "patch_conv": True, "final_proj": True},
 }  # fmt: skip

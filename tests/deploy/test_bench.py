@@ -13,19 +13,21 @@ from PIL import Image
 
 from qatlab.bench import bench
 from qatlab.config import Config
-from qatlab.deploy.bitsandbytes import replaced
-from qatlab.deploy.timing import Job, run
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.deploy.bench.bitsandbytes import replaced
+from qatlab.deploy.bench.timing import Job, run
 from qatlab.export import export
-from qatlab.results import Run
+from qatlab.results.run import Run
 
 Options = Callable[..., Config]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("rendered")
 def test_every_form_is_timed_beside_full_precision(
     small: Options, small_fit: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fitted = small_fit("ptq", tmp_path, "suite.images=8", "callbacks.temperature=null")
+    fitted = small_fit("ptq", tmp_path, "suite.images=8", "callbacks.temperature=null", "quant.weight.bits=7")
     options = [f"checkpoint={fitted.folder}", f"output={tmp_path}", "suite.images=8", "callbacks.temperature=null"]
     export(small("fp32", *options, "format=openvino"), "evaluate")
     path = bench(small("fp32", *options, "bench.batches=[1,2]", "bench.rounds=1"), "evaluate")
@@ -54,9 +56,9 @@ def test_what_a_process_dies_of_is_told() -> None:
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
-        ("bench.device=tpu", "bench.device=tpu is not known: give cpu or cuda"),
-        ("bench.rounds=0", "take whole numbers of at least 1"),
-        ("bench.batches=[]", "take whole numbers of at least 1"),
+        ("bench.device=tpu", "bench.device=tpu is unknown .did you mean 'cpu'.*there are cpu, cuda"),
+        ("bench.rounds=0", "bench.rounds=0: it takes a whole number from 1 on"),
+        ("bench.batches=[]", "it takes a list of one or more, each a whole number from 1 on"),
         pytest.param(
             "bench.device=cuda",
             "torch finds no GPU here",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from qatlab.deploy.endtoend import LIMIT, compare_features, compare_rows
+from qatlab.deploy.agreement import LIMIT, EndToEnd, agreement, compare_features, compare_rows
 
 
 def features(distance: float) -> dict[str, torch.Tensor]:
@@ -28,6 +28,12 @@ def test_distances_are_relative_and_agreement_is_counted() -> None:
     assert found.simulated == pytest.approx(((simulated - fp32) ** 2).sum() ** 0.5 / (fp32**2).sum() ** 0.5)
     answers = [(values @ classes.double().numpy().T).argmax(1) for values in (simulated, integer)]
     assert found.agreement == pytest.approx((answers[0] == answers[1]).mean())
+    assert found.n == 40
+
+
+def test_using_c1_agreement_names_every_set_with_how_many_images_it_is_of() -> None:
+    measured = {"id": EndToEnd(0.01, 0.02, 1.0, 150), "ood": EndToEnd(0.01, 0.02, 25 / 30, 30)}
+    assert agreement(measured) == "id 150 of 150 (100.0 %), ood 25 of 30 (83.3 %)"
 
 
 @pytest.mark.parametrize(("distance", "passed"), [(0.0, True), (0.12, True), (0.14, False)])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,31 @@ import torch
 from encoders import encoder_of, made
 from scipy.special import softmax
 
-from qatlab.deploy import onnx as onnx_format
-from qatlab.deploy import openvino as openvino_format
-from qatlab.deploy import torch as torch_format
-from qatlab.deploy.extras import require
+from qatlab.core.errors import UserError
+from qatlab.core.extras import require
+from qatlab.deploy.formats import inductor as torch_format
+from qatlab.deploy.formats import onnx as onnx_format
+from qatlab.deploy.formats import openvino as openvino_format
 from qatlab.deploy.integer import Classifier, integer_copy, integer_layers
 from qatlab.deploy.parity import LIMIT, Part, compare_layers
-from qatlab.errors import UserError
 
 METHODS = ["absmax", "zero point", "lsq", "lsq_plus", "lr_qat", "four bits", "rotation"]
 
 
-def exported(name: str, folder: Path) -> tuple[Any, Any, Path]:
+@cache
+def written(name: str) -> tuple[Any, Any, bytes]:
+    """An encoder, its integer form and the content of its file, made once for all tests: most of their time is tracing."""
     simulated = encoder_of(name)
     integer = integer_copy(simulated)
-    return simulated, integer, onnx_format.write(integer, folder, 16)
+    with TemporaryDirectory() as folder:
+        return simulated, integer, onnx_format.write(integer, Path(folder), 16).read_bytes()
+
+
+def exported(name: str, folder: Path) -> tuple[Any, Any, Path]:
+    simulated, integer, content = written(name)
+    path = folder / "model.onnx"
+    path.write_bytes(content)
+    return simulated, integer, path
 
 
 def close(found: np.ndarray, simulated: Any, images: torch.Tensor) -> None:

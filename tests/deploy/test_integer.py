@@ -9,8 +9,8 @@ import torch
 from encoders import EXACT, INEXACT, encoder_of, made
 from torch import Tensor, nn
 
+from qatlab.core.errors import UserError
 from qatlab.deploy.integer import integer_copy, integer_layers
-from qatlab.errors import UserError
 from qatlab.quant import quant_layers
 
 

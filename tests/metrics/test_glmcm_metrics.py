@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatlab.errors import UserError
-from qatlab.metrics.glmcm import gl_mcm, local_mcm, with_patches
+from qatlab.core.errors import UserError
+from qatlab.metrics.glmcm import gl_mcm, local_mcm
 from qatlab.metrics.ood import mcm
+from qatlab.models.patches import with_patches
 from qatlab.quant import MinMax, QuantAttention, calibrate, quant_layers, quantize
-from qatlab.quant.rotation import Rotation
+from qatlab.quant.rewrites.rotation import Rotation
 
 
 def tower(**vision: Any) -> Any:

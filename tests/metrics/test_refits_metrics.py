@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from sklearn.isotonic import IsotonicRegression
 
-from qatlab.metrics.calibration import expected_calibration_error, score_zero_shot
+from qatlab.metrics.calibration import ZeroShot, expected_calibration_error, score_zero_shot
 from qatlab.metrics.refits import fit_vector_scaling, folds, refit_isotonic, refit_temperature, refit_vector
 from qatlab.metrics.temperature import fit_logit_scale
 
@@ -18,6 +19,10 @@ def images(n: int = 300, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor,
     cosines = 0.2 + 0.03 * torch.randn(n, classes, generator=generator) + 0.02 * torch.arange(classes) / classes
     cosines[torch.arange(n), labels] += 0.03
     return cosines, labels
+
+
+def temperature(cosines: torch.Tensor, labels: torch.Tensor, fold: np.ndarray) -> ZeroShot:
+    return refit_temperature(cosines, labels, 50.0, fold)[0]
 
 
 @pytest.mark.parametrize(("n", "k"), [(10, 5), (11, 5), (2, 2), (5, 5)])
@@ -38,7 +43,8 @@ def test_folds_that_cannot_be_are_refused(k):
 def test_the_temperature_of_an_image_never_saw_it():
     cosines, labels = images()
     fold = folds(len(labels))
-    found = refit_temperature(cosines, labels, fold)
+    found, kept = refit_temperature(cosines, labels, 50.0, fold)
+    assert not kept.any()
     for part in range(5):
         rest, held_out = fold != part, fold == part
         scale = fit_logit_scale(cosines[rest], labels[rest]).logit_scale
@@ -52,7 +58,7 @@ def test_a_changed_label_changes_every_image_but_its_own_fold():
     cosines, labels = images()
     fold, changed = folds(len(labels)), labels.clone()
     changed[17] = (labels[17] + 1) % 5
-    for refit in (refit_temperature, lambda c, y, f: refit_vector(c, y, 50.0, f)):
+    for refit in (temperature, lambda c, y, f: refit_vector(c, y, 50.0, f)):
         before, after = refit(cosines, labels, fold), refit(cosines, changed, fold)
         same = (before.confidence == after.confidence).numpy()
         assert same[fold == fold[17]].all()
@@ -112,6 +118,24 @@ def test_isotonic_matches_sklearn(digits):
 
 def test_refits_repeat_to_the_bit():
     cosines, labels = images()
-    for refit in (refit_temperature, lambda c, y, f: refit_vector(c, y, 50.0, f)):
+    for refit in (temperature, lambda c, y, f: refit_vector(c, y, 50.0, f)):
         first, again = (refit(cosines, labels, folds(len(labels), seed=4)) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_using_a6_a_fold_whose_fit_ends_at_its_bound_keeps_the_scale():
+    """The first fold's images are all told apart but for one of the second: only the fits that see it have a root."""
+    labels = torch.arange(40) % 4
+    cosines = torch.eye(4)[labels] * 0.1
+    fold = np.arange(40) // 8
+    cosines[9] = torch.eye(4)[(labels[9] + 1) % 4] * 0.1  # wrong, in the fold 1
+    found, kept = refit_temperature(cosines, labels, 30.0, fold)
+    assert (kept == (fold == 1)).all()
+    expected = score_zero_shot(cosines[8:16], labels[8:16], 30.0)
+    assert torch.equal(found.nll[8:16], expected.nll)
+    # 31 images with the right class's cosine 0.1 ahead of three, one with it 0.1 behind one: s minimises their NLL
+    scale = minimize_scalar(
+        lambda s: 31 * np.log1p(3 * np.exp(-0.1 * s)) + np.log(3 + np.exp(0.1 * s)), bounds=(1, 1000), method="bounded",
+        options={"xatol": 1e-9},
+    ).x  # fmt: skip
+    assert float(found.confidence[0]) == pytest.approx(1 / (1 + 3 * np.exp(-0.1 * scale)), abs=1e-6)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from qatlab.plots import reliability_diagram
+from qatlab.reports.plots import reliability_diagram
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_picture_is_written_whole_and_grows_with_its_panels(tmp_path):
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.2, 1, size=200)
@@ -21,6 +22,7 @@ def test_the_picture_is_written_whole_and_grows_with_its_panels(tmp_path):
     assert [path.name for path in tmp_path.rglob("*.png")] == ["one.png", "three.png"]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_failure_leaves_the_earlier_picture(tmp_path):
     path = tmp_path / "reliability.png"
     reliability_diagram([("FP32", [0.5, 1.0], [1, 0])], path)

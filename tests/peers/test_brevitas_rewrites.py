@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from qatlab.quant.hadamard import walsh_hadamard
-from qatlab.quant.smoothquant import SmoothQuant
+from qatlab.quant.quantizers.hadamard import walsh_hadamard
+from qatlab.quant.rewrites.smoothquant import SmoothQuant
 
 pytest.importorskip("brevitas", reason="Brevitas is not installed: the extra 'peers', in an environment of its own")
 

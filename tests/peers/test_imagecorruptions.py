@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from qatlab.data.corruptions import EXTRA, MAIN, TABLES, corrupt
+from qatlab.data.corruptions import TABLES, corrupt
 from qatlab.data.corruptions.blur import disk
 from qatlab.data.corruptions.spatter import canny, equalized, relief, steps
-from qatlab.data.embedded import EmbeddedSet
+from qatlab.data.embedded.sets import EmbeddedSet
 
 peer = pytest.importorskip(
     "imagecorruptions.corruptions", reason="imagecorruptions is not installed: the extra 'peers'"
@@ -32,7 +32,7 @@ CLOSE = {
     "saturate": (1, 0.1),
     "spatter": (60, 0.05),  # a few pixels whose nearest edge is another one in chess moves
 }
-EQUAL = [name for name in (*MAIN, *EXTRA) if name not in CLOSE and name not in ("elastic_transform", "frost")]
+EQUAL = [name for name in TABLES["imagenet_c"] if name not in CLOSE and name not in ("elastic_transform", "frost")]
 
 
 def zoom_with_the_middle_kept(x: np.ndarray, factor: float) -> np.ndarray:

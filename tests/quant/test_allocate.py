@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from qatlab.errors import UserError
-from qatlab.quant.allocate import allocate_bits, bit_rules
+from qatlab.core.errors import UserError
+from qatlab.quant.bits.allocate import allocate_bits, bit_rules
 
 Costs = Sequence[dict[int, float]]
 
@@ -79,10 +79,10 @@ def test_rules() -> None:
     costs = {"a.in_proj": {2: 9.0, 8: 0.0}, "b": {2: 1.0, 8: 0.5}}
     sizes = {"b": 4, "a.in_proj": 4, "unused": 1}
     assert bit_rules(costs, sizes, 5.0) == {
-        "a.in_proj": {"weight": {"bits": 8}, "act": {"bits": 8}},
-        "b": {"weight": {"bits": 2}, "act": {"bits": 2}},
+        "a.in_proj": {"weight": {"bits": 8}},
+        "b": {"weight": {"bits": 2}},
     }
-    assert bit_rules(costs, sizes, 5.0, act=False)["b"] == {"weight": {"bits": 2}}
+    assert bit_rules(costs, sizes, 8.0)["b"] == {"weight": {"bits": 8}}
 
 
 def test_what_cannot_be_allocated() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.quant import LSQ, QuantAttention, QuantOpenClipAttention, calibrate, quant_layers, quantize, verify
 
 X = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))

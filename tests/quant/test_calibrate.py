@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.quant import LSQ, MinMax, QuantConv2d, calibrate, layer_report, quant_layers, quantize
 
 WEIGHT, ACT = partial(LSQ, 8, per_channel=True), partial(MinMax, 8)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the peer
 
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.quant import MinMax
-from qatlab.quant.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.dynamic import DynamicMinMax
 
 PEER = torch.ops.quantized_decomposed
 

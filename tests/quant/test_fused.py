@@ -15,10 +15,11 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatlab.errors import UserError
-from qatlab.quant import LSQ, MinMax, QuantConv2d, Quantizer, QuantLinear, calibrate, kernels, quantize, verify
-from qatlab.quant.layers import quant_layers
-from qatlab.quant.trainable import prepare_training
+from qatlab.core.errors import UserError
+from qatlab.quant import LSQ, MinMax, QuantConv2d, Quantizer, QuantLinear, calibrate, quantize, verify
+from qatlab.quant.layers.trainable import prepare_training
+from qatlab.quant.layers.walk import quant_layers
+from qatlab.quant.quantizers import kernels
 
 NO_COMPILER = kernels._missing_compiler(torch.device("cpu"))
 compiles = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
@@ -214,7 +215,7 @@ def test_a_frozen_weight_is_reused_bit_for_bit(matmul: str) -> None:
     layer.matmul = matmul
     twin = copy.deepcopy(layer)
     computed(layer, X, GRAD)
-    assert layer._folded is not None
+    assert len(layer._kept) > 0
     for change in (lambda: None, lambda: layer.weight.mul_(0.5), lambda: layer.weight_quantizer.step.mul_(2)):
         with torch.no_grad():
             change()

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.ao.quantization import MinMaxObserver, MovingAverageMinMaxObserver
 
-from qatlab.errors import UserError
-from qatlab.quant.grids import OBSERVERS, Observer, spanning
-from qatlab.quant.observers import ActivationStatistics
+from qatlab.core.errors import UserError
+from qatlab.quant import MinMax
+from qatlab.quant.quantizers.grids import OBSERVERS, Observer, spanning
+from qatlab.quant.quantizers.observers import ActivationStatistics
 
 
 def seen(observer: Observer, batches: list[torch.Tensor]) -> ActivationStatistics:
@@ -65,15 +66,15 @@ def test_spanning_any_range(low: float, high: float) -> None:
 @pytest.mark.parametrize(
     ("name", "percentile", "message"),
     [
-        ("abs_max", 99.9, "observer is 'abs_max' .did you mean 'absmax'"),
-        (3, 99.9, "observer is 3: there are absmax, ema, percentile, mse"),
-        ("percentile", 50, "percentile is 50"),
-        ("percentile", 100.1, "percentile is 100.1"),
-        ("percentile", "99", "percentile is '99'"),
-        ("percentile", True, "percentile is True"),
-        ("absmax", float("nan"), "percentile is nan"),
+        ("abs_max", 99.9, "observer=abs_max is unknown .did you mean 'absmax'"),
+        (3, 99.9, r"observer=3: it takes absmax \| ema \| percentile \| mse"),
+        ("percentile", 50, "percentile=50: it takes a number above 50"),
+        ("percentile", 100.1, "percentile=100.1"),
+        ("percentile", "99", "percentile=99"),
+        ("percentile", True, "percentile=true"),
+        ("absmax", float("nan"), "percentile=nan"),
     ],
 )
 def test_what_is_refused(name: str, percentile: float, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Observer(name, percentile).require("observer", OBSERVERS)
+        MinMax(8, channels=2, batched=True, observer=name, percentile=percentile)

@@ -8,8 +8,8 @@ from scipy.linalg import hadamard
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from qatlab.errors import UserError
-from qatlab.quant.hadamard import RandomHadamard, _kept, walsh_hadamard
+from qatlab.core.errors import UserError
+from qatlab.quant.quantizers.hadamard import RandomHadamard, _kept, walsh_hadamard
 
 WIDTHS = [1, 2, 3, 5, 63, 64, 77, 192, 768, 1023, 1024, 3072]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qatlab.quant.histogram import BINS, rank, search
-from qatlab.quant.observers import ActivationStatistics
+from qatlab.quant.quantizers.histogram import BINS, rank, search
+from qatlab.quant.quantizers.observers import ActivationStatistics
 
 
 def observed(x: torch.Tensor, batches: int = 4) -> ActivationStatistics:

@@ -13,10 +13,11 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from qatlab.errors import UserError
-from qatlab.quant import LSQ, calibrate, kernels, quantize, verify
-from qatlab.quant.kernels import EAGER, LONG_RUN, Kernels, choose
-from qatlab.quant.trainable import prepare_training
+from qatlab.core.errors import UserError
+from qatlab.quant import LSQ, calibrate, quantize, verify
+from qatlab.quant.layers.trainable import prepare_training
+from qatlab.quant.quantizers import kernels
+from qatlab.quant.quantizers.kernels import EAGER, LONG_RUN, Kernels, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_COMPILER = kernels._missing_compiler(CPU)

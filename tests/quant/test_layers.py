@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from qatlab.quant import LSQ, MinMax, QuantConv2d, QuantLinear, full_precision, quant_layers, quantize
-from qatlab.quant.lora import LoRA
-from qatlab.quant.trainable import freeze_base
+from qatlab.quant.layers.lora import LoRA
+from qatlab.quant.layers.trainable import freeze_base
 
 
 def linear(per_channel: bool = True) -> QuantLinear:
@@ -52,7 +52,7 @@ def test_folded_equals_unfolded_bit_for_bit(context: type) -> None:
     layer = linear()
     with context():
         first, second = layer(X), layer(X)
-    assert layer._folded is not None
+    assert len(layer._kept) > 0
     assert torch.equal(first, layer(X).detach())
     assert torch.equal(first, second)
 
@@ -83,7 +83,7 @@ def test_in_training_only_a_frozen_weight_is_quantized_once() -> None:
         for _ in range(3):
             layer(X)
         assert len(calls) == count, frozen
-    assert layer.frozen_weight
+    assert layer.folded.frozen
     assert torch.equal(layer.quantized_weight(), layer.weight_quantizer(layer.weight))
     assert not layer.quantized_weight().requires_grad
 
@@ -141,12 +141,12 @@ def test_folded_weights_are_not_saved() -> None:
     with torch.no_grad():
         layer(X)
     assert sorted(layer.state_dict()) == ["act_quantizer.step", "bias", "weight", "weight_quantizer.log_step"]
-    assert copy.deepcopy(layer)._folded is None
+    assert len(copy.deepcopy(layer)._kept) == 0
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(X), layer(X))
-    assert layer.double()._folded is None
+    assert len(layer.double()._kept) == 0
 
 
 def test_convolution() -> None:

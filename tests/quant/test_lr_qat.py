@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatlab.errors import UserError
-from qatlab.memory import saved_bytes
+from qatlab.core.errors import UserError
 from qatlab.quant import LSQ, MinMax, QuantConv2d, QuantLinear, calibrate, quant_layers, quantize, verify
-from qatlab.quant.lora import LoRA
-from qatlab.quant.lr_qat import LRQAT, merge
-from qatlab.quant.trainable import prepare_training
+from qatlab.quant.layers.lora import LoRA
+from qatlab.quant.layers.merge import merge
+from qatlab.quant.layers.trainable import prepare_training
+from qatlab.quant.quantizers.lr_qat import LRQAT
+from qatlab.training.memory import saved_bytes
 
 IN, OUT = 24, 20
 WEIGHT, ACT = partial(LRQAT, 4, rank=4), partial(LSQ, 8)
@@ -118,10 +119,10 @@ def test_the_sum_is_rounded_in_float32_under_autocast() -> None:
     ("options", "message"),
     [
         ({"batched": True}, "another quantizer for activations"),
-        ({"rank": 0}, "rank is 0"),
+        ({"rank": 0}, "rank=0"),
         ({"rank": 21}, "from 1 to 20"),
-        ({"alpha": 0}, "alpha is 0"),
-        ({"init": "max"}, "init is 'max'"),
+        ({"alpha": 0}, "alpha=0"),
+        ({"init": "max"}, "init=max"),
         ({"bits": 9}, "2 to 8"),
     ],
     ids=str,
@@ -243,7 +244,7 @@ def test_in_training_every_step_rounds_anew(build_visual: Any, images: Tensor) -
         for layer in quant_layers(model).values():
             layer.weight_quantizer.low_rank.up.add_(1)  # type: ignore[union-attr, operator]
     assert not torch.equal(model(images), before)
-    assert all(layer._folded is None for layer in quant_layers(model).values())
+    assert all(len(layer._kept) == 0 for layer in quant_layers(model).values())
 
 
 def test_a_model_without_it_does_not_merge(build_visual: Any, images: Tensor) -> None:

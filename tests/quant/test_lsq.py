@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.quant import LSQ
 
 

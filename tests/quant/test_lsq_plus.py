@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.quant import LSQ, MinMax
-from qatlab.quant.lsq_plus import LSQPlus
+from qatlab.quant.quantizers.lsq_plus import LSQPlus
 
 
 def built(bits: int, scale: float, offset: float, log_scale: bool = True) -> LSQPlus:
@@ -107,6 +107,6 @@ def test_a_few_steps_lower_the_error() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(UserError, match="LSQ for weights"):
         LSQPlus(8, channels=7, batched=False)
-    with pytest.raises(UserError, match="init is 'lsq'"):
+    with pytest.raises(UserError, match="init=lsq is unknown"):
         LSQPlus(8, channels=7, batched=True, init="lsq")
     assert not LSQPlus(8, channels=7, batched=True).integer_product

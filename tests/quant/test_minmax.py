@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.quant import LSQ, MinMax
 
 
@@ -157,10 +157,10 @@ def test_what_a_product_of_codes_can_use() -> None:
         ({"group_size": 4}, "it is for weights"),
         ({"batched": False, "group_size": 4, "per_channel": True}, "without per_channel"),
         ({"batched": False, "group_size": 5, "width": 8}, "does not divide a layer's 8 inputs"),
-        ({"batched": False, "group_size": 0, "width": 8}, "group_size is 0"),
-        ({"batched": False, "group_size": True, "width": 8}, "group_size is True"),
-        ({"observer": "minmax"}, "observer is 'minmax'"),
-        ({"observer": "percentile", "percentile": 0.9999}, "percentile is 0.9999"),
+        ({"batched": False, "group_size": 0, "width": 8}, "group_size=0: it takes a whole number from 1 on"),
+        ({"batched": False, "group_size": True, "width": 8}, "group_size=true"),
+        ({"observer": "minmax"}, "observer=minmax is unknown"),
+        ({"observer": "percentile", "percentile": 0.9999}, "percentile=0.9999: it takes a number above 50"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, object], message: str) -> None:

@@ -9,8 +9,8 @@ from torch.ao.quantization import (
     PerChannelMinMaxObserver,
 )
 
-from qatlab.quant.histogram import BINS
-from qatlab.quant.observers import ActivationStatistics, WeightStatistics
+from qatlab.quant.quantizers.histogram import BINS
+from qatlab.quant.quantizers.observers import ActivationStatistics, WeightStatistics
 
 
 def test_growing_ranges_lose_no_count() -> None:

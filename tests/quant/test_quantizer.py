@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import qatlab.quant
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.quant import LSQ, MinMax, Quantizer
-from qatlab.quant.dynamic import DynamicMinMax
-from qatlab.quant.lsq_plus import LSQPlus
+from qatlab.quant.quantizers.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.lsq_plus import LSQPlus
 
 Make = Callable[..., Quantizer]
 
@@ -271,7 +271,7 @@ def test_zero_is_on_the_grid(make: Make, batched: bool, per_channel: bool) -> No
 @pytest.mark.parametrize("bits", [0, 9, 8.0, True, "8"])
 def test_bits_out_of_range(make: Make, bits: object) -> None:
     batched = next(uses(make))[0]
-    with pytest.raises(UserError, match=r"bits is .* takes a whole number from [12] to 8"):
+    with pytest.raises(UserError, match=r"bits=.* takes a whole number from [12] to 8"):
         made(make, bits, batched)
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.quant import MinMax, calibrate, layer_report, quant_layers, quantize
-from qatlab.quant.layers import QuantLinear
-from qatlab.quant.raana import RaanA
-from qatlab.quant.rabitq import best_scales, rabitq_levels
-from qatlab.quant.trainable import prepare_training
+from qatlab.quant.layers.linear import QuantLinear
+from qatlab.quant.layers.trainable import prepare_training
+from qatlab.quant.quantizers.raana import RaanA
+from qatlab.quant.quantizers.rabitq import best_scales, rabitq_levels
 
 CHANNELS, WIDTH = 32, 48
 
@@ -240,8 +240,8 @@ def test_a_tower_with_fractional_bits_beside_quantized_activations(build_visual,
         ({"bits": 4.0}, "1 to 8"),
         ({"batched": True}, "no activations"),
         ({"rescale": "unbiassed"}, "did you mean 'unbiased'"),
-        ({"kept": 1.0}, "kept is 1.0"),
-        ({"kept": -0.1}, "kept is -0.1"),
+        ({"kept": 1.0}, "kept=1.0"),
+        ({"kept": -0.1}, "kept=-0.1"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

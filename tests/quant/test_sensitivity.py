@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
 from qatlab.quant import MinMax, calibrate, full_precision, quant_layers, quantize
-from qatlab.quant.sensitivity import gradient_sensitivities, measured_sensitivities
+from qatlab.quant.bits.sensitivity import gradient_sensitivities, measured_sensitivities
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from functools import partial
@@ -10,18 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from open_clip.transformer import QuickGELU
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from qatlab.clip import load
 from qatlab.config import ModelConfig
-from qatlab.errors import UserError
+from qatlab.core.errors import UserError
+from qatlab.models.clip import load
 from qatlab.quant import MinMax, calibrate, layer_report, quant_layers, quantize, verify
-from qatlab.quant.dynamic import DynamicMinMax
-from qatlab.quant.inputs import ROWS
-from qatlab.quant.lsq_plus import LSQPlus
-from qatlab.quant.smoothquant import SmoothQuant, smoothing_scale
+from qatlab.quant.quantizers.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.lsq_plus import LSQPlus
+from qatlab.quant.rewrites.inputs import ROWS
+from qatlab.quant.rewrites.smoothquant import SmoothQuant, smoothing_scale
+from qatlab.towers.edges import edges_of
 
 GROUPS = ("in_proj", "out_proj", "c_fc", "c_proj")
 WEIGHT, ACT = partial(MinMax, 8, per_channel=True), partial(MinMax, 8)
@@ -86,11 +89,10 @@ def test_the_rewrite_of_the_embedded_model_is_exact() -> None:
         assert relative_error(rewritten(images), visual(images)) < 1e-5
 
 
-def test_the_rewrite_of_a_real_model_is_exact(shared_data: Path, tmp_path: Path) -> None:
-    clip_folder, shards = shared_data / "clip_vitb16", sorted((shared_data / "flickr8k").glob("*.tar"))
-    if not clip_folder.is_dir() or not shards:
-        pytest.skip("no real ViT-B/16 or no images")
-    clip = load(ModelConfig(name="ViT-B-16", pretrained="openai", checkpoint=str(real_weights(clip_folder, tmp_path))))
+@pytest.mark.vit_b16
+def test_the_rewrite_of_a_real_model_is_exact(shared_data: Path, vit_b16_weights: Path) -> None:
+    shards = sorted((shared_data / "flickr8k").glob("*.tar"))
+    clip = load(ModelConfig(name="ViT-B-16", pretrained="openai", checkpoint=str(vit_b16_weights)))
     with tarfile.open(shards[0]) as tar:
         files = [member for member in tar if member.name.endswith(".jpg")][:4]
         pixels = torch.stack([clip.preprocess.decode(tar.extractfile(file).read()) for file in files])
@@ -99,14 +101,6 @@ def test_the_rewrite_of_a_real_model_is_exact(shared_data: Path, tmp_path: Path)
         reference = clip.visual(images)
         rewritten = SmoothQuant(0.6)(clip.visual, images.split(2))
         assert relative_error(rewritten(images), reference) < 1e-5
-
-
-def real_weights(folder: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "vitb16.safetensors"
-    subprocess.run(
-        [sys.executable, str(folder / "unpack.py"), str(path), "--dtype", "float16"], check=True, capture_output=True
-    )
-    return path
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.35, 1.0])
@@ -306,7 +300,7 @@ def test_the_search_takes_any_quantizer(build_visual: Callable, images: torch.Te
 
 def test_outliers_outside_the_sample_count(build_visual: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample of the search misses the largest values; the range that it gives the quantizer must not."""
-    monkeypatch.setattr("qatlab.quant.inputs.ROWS", 2)
+    monkeypatch.setattr("qatlab.quant.rewrites.inputs.ROWS", 2)
     visual = uneven(build_visual())
     images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(6))
     seen = []
@@ -347,7 +341,7 @@ def test_smoothing_helps_where_channels_differ(build_visual: Callable) -> None:
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.01, float("nan"), True, "Search", "0.5", [0.5], {"c_fc": 2}])
 def test_an_alpha_outside_its_range_is_told(alpha) -> None:
-    with pytest.raises(UserError, match=r"alpha.* is .*: give a number from 0 to 1, 'search', or null to skip it"):
+    with pytest.raises(UserError, match=r"alpha=.*: it takes a number from 0 to 1 or search"):
         SmoothQuant(alpha)
 
 
@@ -378,14 +372,68 @@ def test_bad_calibration_is_told_and_changes_nothing(build_visual: Callable, ima
 
 
 def test_towers_without_such_blocks_are_told(build_visual: Callable, images: torch.Tensor) -> None:
-    import timm
-
     quantized = quantize(build_visual(), WEIGHT, ACT)
-    convnext = timm.create_model("convnext_atto", num_classes=0)
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
-    custom = build_visual(block_type="custom", qk_norm=True)
-    for tower in (quantized, convnext, vit, custom, nn.Linear(3, 3)):
-        with pytest.raises(UserError, match=rf"cannot rewrite {type(tower).__name__}: .*resblocks"):
+    for tower in (quantized, nn.Linear(3, 3)):
+        with pytest.raises(UserError, match=rf"cannot rewrite {type(tower).__name__}: .*blocks of open_clip or timm"):
             SmoothQuant()(tower, [images])
         with pytest.raises(UserError, match="cannot rewrite"):
             SmoothQuant().prepare(tower)
+
+
+# -- other families --------------------------------------------------------------------------------------------------
+
+EVA = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 8}
+# a small tower of each family, the size of its images, and how many edges a block has
+OTHERS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "timm vit": (lambda: timm.create_model("test_vit", num_classes=8), 160, 4),
+    "timm norms in between": (
+        lambda: VisionTransformer(
+            28, 14, embed_dim=32, depth=2, num_heads=2, scale_attn_norm=True, scale_mlp_norm=True
+        ),
+        *(28, 4),
+    ),
+    "eva, packed": (lambda: Eva(**EVA, qkv_fused=True), 28, 4),
+    "eva, apart, gated": (lambda: Eva(**EVA, qkv_fused=False, swiglu_mlp=True, scale_mlp=True), 28, 4),
+    "eva, swiglu": (lambda: Eva(**EVA, swiglu_mlp=True), 28, 4),
+    "eva, norms behind": (lambda: Eva(**EVA, use_post_norm=True), 28, 2),
+    "pe": (lambda: Eva(**EVA, use_rot_pos_emb=True, attn_type="rope", global_pool="map"), 28, 4),
+    "relative positions": (
+        lambda: timm.create_model("vit_relpos_small_patch16_224", depth=2, embed_dim=48, num_heads=2),
+        224,
+        4,
+    ),
+    "swin": (
+        lambda: SwinTransformer(64, window_size=4, embed_dim=32, depths=(2, 2), num_heads=(2, 2), num_classes=8),
+        *(64, 4),
+    ),
+    "vitamin": (lambda: timm.create_model("vitamin_small_224", img_size=64, num_classes=8), 64, 4),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_compute_the_same(name: str) -> None:
+    make, size, each = OTHERS[name]
+    torch.manual_seed(0)
+    model, images = make().eval().requires_grad_(False), torch.randn(4, 3, size, size)
+    for path, parameter in model.named_parameters():
+        # as after a training: norms and layer scales that do something, and inputs with a few large channels
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+        if "norm" in path and path.endswith("weight"):
+            parameter[0] *= 20
+    exact, before = model(images), copy.deepcopy(model.state_dict())
+    rewrite = SmoothQuant()
+    assert rewrite(model, [images[:1], images[1:]]) is model
+    torch.testing.assert_close(model(images), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+    blocks = {path.split(".attn")[0] for path in rewrite.alphas if ".attn." in path and "pool" not in path}
+    assert len([edge for edge in edges_of(model) if "pool" not in edge.readers[0].name]) == each * len(blocks)
+    assert len(blocks) >= 2
+    for reader in rewrite.alphas:  # something was done to every layer
+        assert not torch.equal(model.get_submodule(reader).weight, before[f"{reader}.weight"])
+    fresh = SmoothQuant().prepare(make().eval().requires_grad_(False))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(images), model(images))
+    # and the input of every layer is as wide as the formula has it
+    quantize(model, WEIGHT, ACT)
+    calibrate(model, [images])
+    assert rewrite.alphas.keys() <= quant_layers(model).keys()

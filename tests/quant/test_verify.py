@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qatlab.quant import LSQ, MinMax, VerificationError, calibrate, quant_layers, quantize, verify
-from qatlab.quant.verify import distinct_values
+from qatlab.quant.inspect.verify import distinct_values
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -15,12 +15,14 @@ def gaussian_noise(image: Image, rng: np.random.Generator, sigma: float) -> Pixe
 
 def shot_noise(image: Image, rng: np.random.Generator, photons: float) -> Pixels:
     """Return Poisson counts of mean x · ``photons``, over ``photons``."""
+    # ``photons`` is the count of a pixel of full brightness: fewer photons give more noise.
     return rng.poisson(scaled(image) * photons) / photons
 
 
 def impulse_noise(image: Image, rng: np.random.Generator, amount: float) -> Pixels:
     """Return x with each value of each channel replaced by 0 or 1, equally often, with probability ``amount``."""
     x = scaled(image)
+    # skimage draws first which values are hit, and then whether each of them becomes 1 or 0.
     hit = rng.random(x.shape) <= amount
     salt = rng.random(x.shape) <= 0.5
     x[hit] = salt[hit]

@@ -1,22 +1,24 @@
-"""One corruption as a step of reading images: which, how strong, before or after the resize, and from which seed."""
+"""One corruption as a step of reading images: its name, severity, order with the resize, and seed."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qatlab.core.errors import UserError, nearest
+from qatlab.core.hashing import sha256
 from qatlab.data.corruptions.apply import checked, corrupt
 from qatlab.data.corruptions.filters import Image
 from qatlab.data.corruptions.textures import fingerprint
-from qatlab.data.transforms import Preprocess
-from qatlab.errors import UserError, nearest
+from qatlab.data.preprocess import Preprocess
 
-ORDERS = {"resize_then_corrupt": "imagenet_c", "corrupt_then_resize": "cifar_c"}  # with the table each goes with
-VERSION = 1  # counts changes of what a seed gives: features computed from corrupted images carry it
+# The table of constants for each order: constants count pixels, of a 224 px input or of CIFAR's 32 px files.
+ORDERS = {"resize_then_corrupt": "imagenet_c", "corrupt_then_resize": "cifar_c"}
+# Raise this number when a seed gives another image than before, because stored features are kept under the number.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,10 @@ class Corrupt:
     """One corruption of ImageNet-C or CIFAR-C at one severity, in one of two regimes.
 
     ``order`` is resize_then_corrupt (the model's input is corrupted, with the constants of ImageNet-C) or
-    corrupt_then_resize (the image as it is on disk, with the constants of CIFAR-C); ``table`` asks for the other
-    constants. An image depends on the seed, the corruption, its severity and the image's key, and on nothing else.
-    ``textures`` is a folder with ImageNet-C's frost. Raises UserError for what does not exist.
+    corrupt_then_resize (the image of the file is corrupted, with the constants of CIFAR-C); ``table`` asks for the
+    other constants. An image depends on the seed, the corruption, its severity and the image's key, and on nothing
+    else. ``textures`` is a folder with ImageNet-C's frost. Raises UserError for an unknown name, severity, order or
+    table.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Corrupt:
                 f"{' and '.join(ORDERS)}."
             )
         checked(self.name, self.severity, self.constants)
+        # A missing texture is reported here, before any image is read.
         if self.name == "frost":
             fingerprint(self.textures)
 
@@ -54,7 +58,8 @@ class Corrupt:
     def __call__(self, image: Image, key: str) -> Image:
         """Return the (H, W, 3) uint8 ``image`` corrupted; ``key`` names it among the images of its set."""
         text = f"{self.seed}/{self.name}/{self.severity}/{key}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+        # The 128 bits of a hash seed a generator for each image alone, so the order of reading does not matter.
+        seed = int.from_bytes(sha256([text])[:16], "little")
         rng = np.random.Generator(np.random.PCG64(seed))
         return corrupt(image, self.name, self.severity, self.constants, rng, self.textures)
 
@@ -65,7 +70,7 @@ class Corrupt:
         return self._tensor(preprocess.fit(image), key)
 
     def fingerprint(self) -> str:
-        """Return what decides the corrupted images beside the clean ones, as text."""
+        """Return a text of everything besides the clean images that decides the corrupted ones."""
         ice = f"/{fingerprint(self.textures)}" if self.name == "frost" else ""
         return f"{self.name}/{self.severity}/{self.order}/{self.constants}/{self.seed}/{VERSION}{ice}"
 

@@ -1,0 +1,1 @@
+"""What every package may use: errors, files, signals, processes, hashes. Importing these modules imports no torch."""

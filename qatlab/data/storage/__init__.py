@@ -1,0 +1,1 @@
+"""Files on disk: indexed tars, copies of remote shards, and a cache of decoded images."""

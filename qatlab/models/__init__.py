@@ -1,0 +1,1 @@
+"""A CLIP and its quantized twin: weights, preprocessing, prompts, zero-shot heads."""

@@ -1,0 +1,92 @@
+"""The error that rounding causes in each layer, measured on a few images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatlab.quant.inspect.hooks import on_inputs
+from qatlab.quant.layers.linear import QuantLayer
+from qatlab.quant.layers.walk import device_of, evaluating, full_precision, quant_layers, require_called
+from qatlab.quant.quantizers.base import Quantizer
+
+
+def layer_report(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
+    """Return one row per quantized layer of the calibrated ``model``, each measured alone on its full-precision input.
+
+    ``images`` are normalised (B, 3, S, S). A row holds layer, kind (the last part of the name), in_features,
+    out_features, weight_bits, weight_scale (mean), weight_sqnr_db, act_bits, act_scale (mean), act_absmax, act_sqnr_db,
+    act_clipped (fraction of the input rounded beyond the grid's ends) and output_sqnr_db; None where a tensor is not
+    quantized. The signal-to-quantization-noise ratio is 10 log10(sum x^2 / sum (x - x_q)^2) in float64, infinite
+    without error.
+    """
+    layers = quant_layers(model)
+    # The quantizers are read before the layers compute in full precision, because then their slots are empty.
+    slots = {name: (layer.weight_quantizer, layer.act_quantizer) for name, layer in layers.items()}
+    rows: dict[str, dict[str, Any]] = {}
+
+    def look(name: str, layer: QuantLayer, inputs: tuple[Tensor, ...]) -> None:
+        """Add the layer's row, from its input (B, ..., in_features) or the images."""
+        rows[name] = _layer_row(name, layer, *slots[name], inputs[0])
+
+    with evaluating(model), full_precision(model), on_inputs(layers, look):
+        model(images.to(device_of(model)))
+    require_called(layers, set(rows))
+    return [rows[name] for name in layers]
+
+
+def rounded_elements(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    """Return how many weights, and how many activations of one ``image`` (1, 3, S, S), the quantized layers round."""
+    layers = quant_layers(model)
+    weights = sum(layer.weight.numel() for layer in layers.values() if layer.weight_quantizer is not None)
+    acts = 0
+
+    def count(name: str, layer: QuantLayer, inputs: tuple[Tensor, ...]) -> None:
+        """Add the elements of the layer's input (1, ..., in_features) where it is rounded."""
+        nonlocal acts
+        acts += inputs[0].numel() if layer.act_quantizer is not None else 0
+
+    with evaluating(model), on_inputs(layers, count):
+        model(image.to(device_of(model)))
+    return weights, acts
+
+
+def _layer_row(
+    name: str, layer: QuantLayer, weight: Quantizer | None, act: Quantizer | None, x: Tensor
+) -> dict[str, Any]:
+    """Return the row of one layer with input ``x``; the quantizers are given, as the layer's slots are empty now."""
+    quantized_weight = layer.weight if weight is None else weight(layer.weight)
+    quantized_x = layer.rounded_input(x, act)
+    output = layer.compute(x, layer.weight)
+    return {
+        "layer": name,
+        "kind": name.rsplit(".", 1)[-1],
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "weight_bits": weight.bits if weight else None,
+        "weight_scale": float(weight.scale.mean()) if weight else None,
+        "weight_sqnr_db": _sqnr_db(layer.weight, quantized_weight) if weight else None,
+        "act_bits": act.bits if act else None,
+        "act_scale": float(act.grid(layer.tokens(x))[0].mean()) if act else None,
+        "act_absmax": float(x.abs().max()),
+        "act_sqnr_db": _sqnr_db(x, quantized_x) if act else None,
+        "act_clipped": _clipped(act, layer.tokens(x)) if act else None,
+        "output_sqnr_db": _sqnr_db(output, layer.compute(quantized_x, quantized_weight)),
+    }
+
+
+def _sqnr_db(signal: Tensor, quantized: Tensor) -> float:
+    # The sum is made in float64, because a float32 sum over millions of small squares loses digits.
+    signal = signal.double()
+    noise = (signal - quantized.double()).square().sum()
+    return float(10 * torch.log10(signal.square().sum() / noise)) if noise > 0 else float("inf")
+
+
+def _clipped(act: Quantizer, x: Tensor) -> float:
+    """Return the fraction of x that lies more than half a step beyond the ends of its grid."""
+    scale, zero_point = act.grid(x)
+    # ``act.codes`` are clipped and cannot be used, because values beyond the ends of the grid are counted here.
+    code = (x / scale + zero_point).round_()
+    return float(((code < act.qmin) | (code > act.qmax)).double().mean())

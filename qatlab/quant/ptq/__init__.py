@@ -1,0 +1,1 @@
+"""Post-training quantization: scales found from images, without training."""

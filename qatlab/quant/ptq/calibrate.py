@@ -1,0 +1,71 @@
+"""Fill the scales of a quantized model from images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from qatlab.core.errors import UserError
+from qatlab.quant.inspect.hooks import on_inputs
+from qatlab.quant.layers.walk import device_of, evaluating, full_precision, quant_layers, require_called
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Fill every scale of ``model`` from the weights and from a full-precision pass over ``batches``.
+
+    ``batches`` are normalised images (B, 3, S, S) or, for a text tower, tokens (B, L). Nothing is quantized while
+    observing, so no layer sees the noise of earlier layers. Each module's train or eval mode is restored. Raises
+    UserError naming the layer on NaN or infinite values and on a layer that the forward never calls, and when there are
+    no images.
+    """
+    layers = quant_layers(model)
+    acts = {name: layer.act_quantizer for name, layer in layers.items()}
+    called: set[str] = set()
+
+    def observe(name: str, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Show the layer's input to its activation quantizer, (B, ..., channels)."""
+        called.add(name)
+        # The quantizer cannot be read from the layer, whose slots are empty while it computes in full precision.
+        quantizer = acts[name]
+        if quantizer is not None:
+            with _naming(name, "input"):
+                quantizer.observe(layer.tokens(inputs[0]))
+
+    images = 0
+    with evaluating(model), full_precision(model), on_inputs(layers, observe):
+        for batch in batches:
+            if len(batch):
+                model(batch.to(device_of(model)))
+                images += len(batch)
+    if images == 0:
+        raise UserError("calibration got no images: give the quantizers at least one to find their scales on.")
+    # A layer that was not called has no scale, and would raise an error only in the middle of a run.
+    require_called(layers, called)
+    fit_weights(model)
+    for layer in layers.values():
+        if layer.act_quantizer is not None:
+            layer.act_quantizer.fit()
+
+
+def fit_weights(model: nn.Module) -> None:
+    """Fill the scales of every weight of ``model`` from that weight.
+
+    Raises UserError naming the layer where a weight holds NaN or infinite values.
+    """
+    for name, layer in quant_layers(model).items():
+        if layer.weight_quantizer is not None:
+            with _naming(name, "weight"):
+                layer.weight_quantizer.observe(layer.weight)
+            layer.weight_quantizer.fit()
+
+
+@contextmanager
+def _naming(name: str, tensor: str) -> Iterator[None]:
+    """Inside this context a UserError begins with the layer's ``name`` and the ``tensor`` that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"layer {name}, {tensor}: {error}") from error
