@@ -30,14 +30,20 @@ _ROUNDS = 10
 
 def tower_of(name: str, images: int = 8) -> nn.Module:
     """Return the image tower of an architecture of open_clip in eval mode, drawn as ``drawn`` does."""
+    torch.manual_seed(0)
+    visual = built(name)
+    return drawn(visual, images_for(visual, images))
+
+
+def built(name: str) -> Any:
+    """Return the image tower of an architecture of open_clip, as it is before a checkpoint is loaded, giving features alone."""
     config = get_model_config(name)
     if config is None:
         raise SystemExit(f"{name} is no architecture of open_clip")
-    torch.manual_seed(0)
     visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
     if open_clip_vit.matches(visual):
         open_clip_vit.give_features_alone(visual)
-    return drawn(visual, images_for(visual, images))
+    return visual
 
 
 @torch.no_grad()
