@@ -308,6 +308,7 @@ def test_a_notebook_in_the_clone(started, editable, clone):
     check_modules(started / "notebook in the clone.json", editable, clone)
 
 
+@pytest.mark.slow
 def test_a_fit_inside_the_package_takes_other_packages_for_what_they_are(editable, clone, places, tmp_path):
     # A process of its own: Python looks first where it stands, and for `import config` it would find qatlab/config.
     report = tmp_path / "modules.json"

@@ -295,6 +295,7 @@ def order(row: dict[str, Any]) -> Any:
     return row["stage"], row["step"], row["dataset"], row["score"]
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_the_same_bits(command: Struck, tmp_path: Path) -> None:
     """One is killed, the other does not live on; then one is told to stop, and both do, after the same step."""
     options = [*STREAMED, "trainer.devices=2", "fit.workers=2"]

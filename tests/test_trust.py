@@ -275,6 +275,7 @@ def test_faults_s2_what_fit_reads_back_is_looked_at_too(
 # -- one's own quantizer -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_faults_s1_ones_own_quantizer_is_killed_resumed_evaluated_and_exported(
     tmp_path: Path,
     small_options: list[str],

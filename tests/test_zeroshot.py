@@ -125,6 +125,7 @@ def told_by_example(folder: Path, photo: Path, session: Any, monkeypatch: Any, c
     return {name: [float(share) / 100, float(probabilities[names.index(name)])] for share, name in printed}
 
 
+@pytest.mark.slow
 def test_an_export_has_the_sigmoids_and_another_one_is_refused(
     run: Run, small: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -446,6 +446,7 @@ def test_a_run_trains_the_same_model(small_fit, tmp_path, capsys):
     assert {"data", "teacher", "student", "backward", "optimizer", "probes"} <= set(found)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_model_and_one_speaks(tmp_path, small_options, subprocess_environment, python):
     said = {}
     for profile in ("false", "true"):

@@ -344,7 +344,7 @@ def test_data_t3_one_bad_image_of_any_format_is_counted_in_a_shard(tmp_path):
     assert (read.captions, read.skipped) == (["c"], {"corrupt image": 2})
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_faults_s6_limits_reach_the_processes_that_read(tmp_path, monkeypatch, method):
     """Two of three images are above a limit, one by its pixels and one by its bytes; the stream goes on with the third."""
     monkeypatch.setenv("QATLAB_LIMITS", "{}")

@@ -145,6 +145,7 @@ def test_ranks_divide_each_streamed_batch(folder, world):
         assert [parts[row % world][step][row // world] for row in range(8)] == batch
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_reads_the_same(folder):
     made = module(folder, unique_samples=None)
     made.data.first(3, PREPROCESS)

@@ -48,6 +48,7 @@ def test_every_form_is_timed_beside_full_precision(
         assert picture.width > 500
 
 
+@pytest.mark.slow
 def test_what_a_process_dies_of_is_told() -> None:
     with pytest.raises(UserError, match=r"timing onnx failed: .*nowhere"):
         run(Job("onnx", "/nowhere", "/nowhere", 16, [1], 1, 1, "cpu"))

@@ -20,7 +20,7 @@ from qatlab.deploy.integer import integer_copy, integer_layers
 from qatlab.deploy.parity import FEATURES, compare_blocks, compare_layers
 from qatlab.quant import MinMax, calibrate, quantize
 
-QUICK = ("vit", "coca", "pe_core", "vitamin", "convnext")
+QUICK = ("vit", "convnext")
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 

@@ -23,7 +23,9 @@ from qatlab.deploy.formats import openvino as openvino_format
 from qatlab.deploy.integer import Classifier, integer_copy, integer_layers
 from qatlab.deploy.parity import LIMIT, Part, compare_layers
 
+QUICK = ("absmax", "zero point", "lsq")
 METHODS = ["absmax", "zero point", "lsq", "lsq_plus", "lr_qat", "four bits", "rotation"]
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
 
 
 @cache
@@ -50,7 +52,7 @@ def close(found: np.ndarray, simulated: Any, images: torch.Tensor) -> None:
     assert np.linalg.norm(found - reference.numpy()) <= 2e-2 * float(reference.norm())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EACH)
 def test_onnx_and_openvino_run_every_layer_in_integers(name: str, tmp_path: Path) -> None:
     simulated, integer, path = exported(name, tmp_path)
     layers = len(integer_layers(integer))
@@ -124,6 +126,7 @@ def test_four_bit_weights_take_four_bits(tmp_path: Path) -> None:
     assert sizes[0] - sizes[1] == sum(layer.codes.numel() for layer in integer_layers(integer).values()) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN, whose int8 products inductor calls")
 def test_torch_runs_every_layer_in_integers(tmp_path: Path) -> None:
     simulated = encoder_of("absmax")

@@ -23,7 +23,9 @@ from qatlab.quant.quantizers import kernels
 
 NO_COMPILER = kernels._missing_compiler(torch.device("cpu"))
 compiles = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
-each_kind = pytest.mark.parametrize("kind", ["eager", pytest.param("compiled", marks=compiles)])
+# What is compiled takes half a minute of compilers, and every element of the kernels is looked at by test_kernels.py.
+long = [compiles, pytest.mark.slow]
+each_kind = pytest.mark.parametrize("kind", ["eager", pytest.param("compiled", marks=long)])
 SLOTS: dict[str, Any] = {"LSQ": LSQ, "LSQ per channel": partial(LSQ, per_channel=True), "MinMax": MinMax, "None": None}
 IN, OUT = 24, 20
 

@@ -56,6 +56,7 @@ def test_the_papers_grid_gives_each_method_what_it_has() -> None:
     assert {cell.config.fit.unique_samples for cell in cells if cell.recipe.startswith("qat_lora")} == {None}
 
 
+@pytest.mark.slow
 def test_the_families_are_all_models_of_one_size_but_the_papers() -> None:
     cells = cells_of("families", ["data.shards=/data", "suite.root=/data"])
     assert not [cell.mistake for cell in cells if cell.mistake]
@@ -331,6 +332,7 @@ def counted(cells: list[Cell], what: str) -> int:
     return sum(int(re.findall(rf"{what} (\d+)", line)[0]) for line in lines if line.startswith("images decoded"))
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on_and_does_nothing_twice(
     own: Path, tmp_path: Path, start: Start, small_options: list[str]
 ) -> None:
@@ -378,6 +380,7 @@ def test_a_sweep_that_is_killed_goes_on_and_does_nothing_twice(
     assert said.count("failed with exit code 2") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_cell_never_take_another_cell(
     own: Path, tmp_path: Path, start: Start, small_options: list[str], small_fit: Callable[..., Run]
 ) -> None:

@@ -40,7 +40,9 @@ def norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "fastvit_mci3" else ()) for name in TOWERS]
+)
 def test_a_folded_tower_computes_the_same(name: str) -> None:
     size, left = TOWERS[name]
     model, images = tower(name), torch.randn(2, 3, size, size)

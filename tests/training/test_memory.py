@@ -131,6 +131,7 @@ def test_the_plain_way_keeps_several_times_as_much(tiny: tuple[nn.Module, Tensor
     assert ratio(*tiny, "eager", "float", naive()) > 2
 
 
+@pytest.mark.slow
 def test_the_real_size() -> None:
     torch.manual_seed(0)
     vision_cfg = open_clip.get_model_config("ViT-B-32")["vision_cfg"]
