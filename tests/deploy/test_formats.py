@@ -65,7 +65,7 @@ def test_onnx_and_openvino_run_every_layer_in_integers(name: str, tmp_path: Path
         close(served(made(n).numpy()), simulated, made(n))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EACH)
 def test_layer_by_layer_they_are_the_simulation(name: str, tmp_path: Path) -> None:
     simulated, integer, path = exported(name, tmp_path)
     models = onnx_format.LayerModels(path, integer)
