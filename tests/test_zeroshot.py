@@ -160,14 +160,21 @@ def test_an_export_has_the_sigmoids_and_another_one_is_refused(
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("callbacks.temperature.source=proxy", r"callbacks\.temperature refits the logit scale of a softmax"),
-        ("callbacks.refits.kinds=[temperature]", r"set callbacks\.refits\.kinds=\[isotonic\]"),
+        ("callbacks.temperature.source=proxy", r"Set callbacks\.temperature=null\.$"),
+        ("callbacks.refits.kinds=[temperature]", r"Set callbacks\.refits\.kinds=\[isotonic\]\.$"),
     ],
 )
 def test_refits_of_a_softmax_are_refused(override: str, told: str, small: Options, tmp_path: Path) -> None:
     others = [option for option in SIGMOIDS if not override.startswith(option.partition("=")[0])]
     with biased(), pytest.raises(UserError, match=told):
         evaluate(small("fp32", f"output={tmp_path}", *others, override), "evaluate")
+
+
+def test_all_that_is_to_be_set_is_told_at_once(small: Options, tmp_path: Path) -> None:
+    told = r"Set callbacks\.temperature=null and callbacks\.refits\.kinds=\[isotonic\]\.$"
+    given = ("callbacks.temperature.source=proxy", "callbacks.refits.kinds=[temperature]")
+    with biased(), pytest.raises(UserError, match=told):
+        evaluate(small("fp32", f"output={tmp_path}", SIGMOIDS[0], *given), "evaluate")
 
 
 def test_a_model_without_a_bias_is_refused(small: Options, tmp_path: Path) -> None:

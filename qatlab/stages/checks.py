@@ -119,16 +119,15 @@ def check_zeroshot(config: Config, clip: Clip, evaluations: Evaluations) -> None
             f"suite.zeroshot=sigmoid needs the logit bias of a model that was trained with a sigmoid (SigLIP), and "
             f"{config.model.name} has none here: leave suite.zeroshot at softmax."
         )
+    wrong = []
     if evaluations.temperature is not None:
+        wrong.append("callbacks.temperature=null")
+    if any({*of.kinds} - {"isotonic"} for of in evaluations.fed if isinstance(of, Refits)):
+        wrong.append("callbacks.refits.kinds=[isotonic]")
+    if wrong:
         raise UserError(
-            "suite.zeroshot=sigmoid, and callbacks.temperature refits the logit scale of a softmax, which is none of sigmoids: "
-            "set callbacks.temperature=null."
-        )
-    refits = [of for of in evaluations.fed if isinstance(of, Refits)]
-    if any({*of.kinds} - {"isotonic"} for of in refits):
-        raise UserError(
-            "suite.zeroshot=sigmoid, and callbacks.refits has temperature or vector scaling, which are refits of a softmax: set "
-            "callbacks.refits.kinds=[isotonic], which maps the confidence alone."
+            "suite.zeroshot=sigmoid: temperature and vector scaling refit the logits of a softmax, which sigmoids are not. "
+            f"Set {' and '.join(wrong)}."
         )
 
 
