@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # opening an export must not need torch
     from qatlab.deploy.parity import Part
 
 FILE = "model.xml"
+_BYTES = ("u8", "i8")
 
 
 def source(model: nn.Module, folder: Path, size: int) -> Path:
@@ -49,7 +50,9 @@ def _pack(openvino: Any, model: Any) -> None:
         # Constants of one dimension are zero points, which are too small to matter.
         if weights and graphs.fits_in_four_bits(node.data):
             packed = openvino.opset13.constant(node.data, dtype=openvino.Type.i4)
-            node.output(0).replace(openvino.opset13.convert(packed, "i8").output(0))
+            unpacked = openvino.opset13.convert(packed, "i8")
+            unpacked.set_friendly_name(node.get_friendly_name())  # by which a running layer is known
+            node.output(0).replace(unpacked.output(0))
 
 
 class OpenVinoModel:
@@ -75,18 +78,23 @@ class OpenVinoModel:
         return self.compiled(np.ascontiguousarray(images))[0].copy()
 
     def integer_products(self) -> tuple[int, int]:
-        """Return how many products with weights run, and how many of them in integers, in the runtime's own graph."""
-        every = integers = 0
+        """Return how many layers with weights run, and how many of them in integers, in the runtime's own graph.
+
+        The runtime may split a layer into several products, which then have the weight of one layer; it is a layer of integers
+        where all of them are.
+        """
+        layers: dict[str, bool] = {}
         for node in self.compiled.get_runtime_model().get_ordered_ops():
             facts = node.get_rt_info()
             if str(facts["layerType"].value) in ("FullyConnected", "Convolution"):
-                every += 1
+                weight = node.input(1).get_source_output().get_node().get_friendly_name()
                 # runtimePrecision alone does not show an integer product: for float inputs
                 # and int8 weights OpenVINO reports i8 or u8 too, although it unpacks the
                 # weights and multiplies floats. The input must be of bytes as well.
                 given = str(node.input(0).get_element_type().to_string())
-                integers += str(facts["runtimePrecision"].value) in ("u8", "i8") and given in ("u8", "i8")
-        return every, integers
+                integer = str(facts["runtimePrecision"].value) in _BYTES and given in _BYTES
+                layers[weight] = layers.get(weight, True) and integer
+        return len(layers), sum(layers.values())
 
 
 def block_outputs(file: Path, names: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
