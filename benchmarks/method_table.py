@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qatlab.quant import LSQ, DynamicMinMax, LSQPlus, MinMax, calibrate, quant_layers, quantize
+from qatlab.quant import GPTQ, LSQ, DynamicMinMax, LSQPlus, MinMax, calibrate, quant_layers, quantize
 from qatlab.quant.bits.allocate import bit_rules
 from qatlab.quant.bits.sensitivity import gradient_sensitivities
 from qatlab.quant.layers.lora import LoRA
@@ -88,6 +88,7 @@ METHODS = {
     "w_percentile": Method(weights(MinMax, per_channel=True, observer="percentile")),
     "w_mse": Method(weights(MinMax, per_channel=True, observer="mse")),
     "weight_only": Method(plain(partial(MinMax, bits=8, per_channel=True, observer="mse"), None)),
+    "gptq_w4": Method(plain(partial(GPTQ, bits=4), A8), 2),
     "raana_w8": Method(weights(RaanA)),
     "raana_w4": Method(plain(partial(RaanA, bits=4), A8)),
     "smooth_0.5": Method(plain(W8, A8, SmoothQuant(0.5)), 2),

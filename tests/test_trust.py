@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import qatlab
 from qatlab import cli
-from qatlab.config import OF_CALL, Config, compose, load, recipe_files
+from qatlab.config import OF_CALL, QUANT_SLOTS, Config, compose, load, recipe_files
 from qatlab.config.trust import BLOCKS, blocks_of, name_targets, targets
 from qatlab.core.errors import UserError
 from qatlab.deploy.runtimes import load as load_export
@@ -97,6 +97,9 @@ def edit(folder: Path, old: str, new: str) -> None:
 def test_the_table_holds_what_recipes_name_and_what_exists() -> None:
     for recipe in recipe_files():
         assert targets(compose(f"recipe={recipe}")) <= BLOCKS
+    for slot in QUANT_SLOTS:
+        for name in recipe_files(f"quant/{slot}"):
+            assert targets(compose("recipe=ptq", f"quant/{slot}={name}")) <= BLOCKS
     for target in BLOCKS:
         assert isinstance(get_object(target), type)
 

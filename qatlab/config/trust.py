@@ -14,7 +14,7 @@ from qatlab.core.errors import UserError
 TARGET = "_target_"
 BLOCKS = frozenset(
     {
-        *(f"qatlab.quant.{name}" for name in ("DynamicMinMax", "LRQAT", "LSQ", "LSQPlus", "LoRA", "MinMax")),
+        *(f"qatlab.quant.{name}" for name in ("DynamicMinMax", "GPTQ", "LRQAT", "LSQ", "LSQPlus", "LoRA", "MinMax")),
         *(f"qatlab.quant.{name}" for name in ("MixedPrecision", "RaanA", "Rotation", "SmoothQuant")),
         *(f"qatlab.callbacks.{name}" for name in ("Calibration", "OOD", "Predictions", "Refits", "Spurious")),
         "qatlab.callbacks.Temperature",

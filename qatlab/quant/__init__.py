@@ -14,6 +14,7 @@ from qatlab.quant.layers.walk import full_precision, quant_layers
 from qatlab.quant.ptq.calibrate import calibrate
 from qatlab.quant.quantizers.base import Quantizer
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.gptq import GPTQ
 from qatlab.quant.quantizers.hadamard import RandomHadamard, walsh_hadamard
 from qatlab.quant.quantizers.lr_qat import LRQAT
 from qatlab.quant.quantizers.lsq import LSQ
@@ -24,6 +25,7 @@ from qatlab.quant.rewrites.rotation import Rotation
 from qatlab.quant.rewrites.smoothquant import SmoothQuant
 
 __all__ = [
+    "GPTQ",
     "LRQAT",
     "LSQ",
     "DynamicMinMax",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.deploy.cpu import lacks_vnni
-from qatlab.quant import LSQ, LoRA, LSQPlus, MinMax, RaanA, Rotation, calibrate, quantize
+from qatlab.quant import GPTQ, LSQ, LoRA, LSQPlus, MinMax, RaanA, Rotation, calibrate, quantize
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
 from qatlab.quant.quantizers.lr_qat import LRQAT
 
@@ -27,6 +27,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "four bits, zero point": {**PLAIN, "act": partial(MinMax, 4, symmetric=False)},
     "lsq": {"weight": partial(LSQ, BITS, per_channel=True), "act": partial(LSQ, 8)},
     "lsq_plus": {"weight": partial(LSQ, BITS, per_channel=True), "act": partial(LSQPlus, 8)},
+    "gptq": {"weight": partial(GPTQ, BITS), "act": partial(MinMax, 8, observer="mse")},
     "lr_qat": {"weight": partial(LRQAT, 4, rank=2), "act": partial(MinMax, 8)},
     "ends": {**PLAIN, "patch_conv": True, "final_proj": True},
 }  # fmt: skip

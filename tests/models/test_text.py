@@ -74,7 +74,7 @@ def rounded(clip: Clip, tower: str, rules: dict[str, Any]) -> tuple[dict[str, An
 # -- layers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight", ["minmax", "lsq_pc", "raana", "lr_qat", "mse"])
+@pytest.mark.parametrize("weight", ["minmax", "lsq_pc", "raana", "lr_qat", "mse", "gptq"])
 def test_every_layer_of_the_text_tower_is_rounded_in_a_real_forward(clip: Clip, captions: Tensor, weight: str) -> None:
     config = compose("recipe=ptq", f"quant/weight={weight}", "quant.tower=text").quant
     assert clip.model is not None

@@ -11,17 +11,21 @@ from torch import Tensor, nn
 from qatlab.core.errors import UserError
 from qatlab.quant.inspect.hooks import on_inputs
 from qatlab.quant.layers.walk import device_of, evaluating, full_precision, quant_layers, require_called
+from qatlab.quant.ptq.round_weights import reads_inputs, round_weights
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Fill every scale of ``model`` from the weights and from a full-precision pass over ``batches``.
 
     ``batches`` are normalised images (B, 3, S, S) or, for a text tower, tokens (B, L). Nothing is quantized while
-    observing, so no layer sees the noise of earlier layers. Each module's train or eval mode is restored. Raises
+    observing, so no layer sees the noise of earlier layers. Then weights are rounded whose quantizer chooses codes by the
+    inputs of its layer (``round_weights``), for which ``batches`` are kept in memory. Each module's mode is restored. Raises
     UserError naming the layer on NaN or infinite values and on a layer that the forward never calls, and when there are
     no images.
     """
     layers = quant_layers(model)
+    if reads_inputs(model):
+        batches = list(batches)
     acts = {name: layer.act_quantizer for name, layer in layers.items()}
     called: set[str] = set()
 
@@ -48,6 +52,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     for layer in layers.values():
         if layer.act_quantizer is not None:
             layer.act_quantizer.fit()
+    round_weights(model, batches)
 
 
 def fit_weights(model: nn.Module) -> None:

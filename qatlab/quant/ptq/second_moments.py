@@ -1,0 +1,82 @@
+"""The inputs of a layer as the columns that its weight multiplies, and their second moments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qatlab.quant.layers.linear import QuantConv2d, QuantLayer
+
+
+def columns_of(layer: QuantLayer, x: Tensor) -> Tensor:
+    """Return the input ``x`` of ``layer`` as (groups, N, n): N rows, each multiplied with all rows of a weight (m, n).
+
+    A linear layer has one group. A convolution's row holds the pixels under its kernel, in the order of its weight.
+    """
+    if not isinstance(layer, QuantConv2d):
+        return x.reshape(1, -1, x.shape[-1])
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, _padding(layer), layer.stride)  # (B, channels * kernel, L)
+    return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def rows_of(layer: QuantLayer, weight: Tensor) -> Tensor:
+    """Return ``weight`` (out, in, ...) of ``layer`` as (groups, m, n), a view: the rows that meet those of ``columns_of``."""
+    groups = layer.groups if isinstance(layer, QuantConv2d) else 1
+    return weight.reshape(groups, len(weight) // groups, -1)
+
+
+def _padding(layer: QuantConv2d) -> tuple[int, ...]:
+    """Return how many zeros are put above and left of the image, as many as below and right."""
+    if isinstance(layer.padding, str):
+        # torch allows "same" with a stride of 1 alone; qatlab's towers have odd kernels, of which it pads both sides alike.
+        same = layer.padding == "same"
+        return tuple((size - 1) * gap // 2 * same for size, gap in zip(layer.kernel_size, layer.dilation, strict=True))
+    return layer.padding
+
+
+class SecondMoments:
+    """Sums of products of a layer's inputs over images: of x x^T, and of (x' - x) x^T where x' is given too.
+
+    ``sums`` and ``drifts`` are float64 (groups, n, n), over ``count`` rows; ``drifts`` is None without x'.
+    """
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.drifts: Tensor | None = None
+        self.count = 0
+
+    def update(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Add the rows x (groups, N, n), and the same rows in full precision, ``full`` of the shape of x."""
+        self.count += x.shape[1]
+        # One product of one batch in the inputs' own precision, and the sum over batches in float64.
+        product = (x.mT @ x).double()
+        self.sums = product if self.sums is None else self.sums.add_(product)
+        if full is not None:
+            drift = ((full - x).mT @ x).double()
+            self.drifts = drift if self.drifts is None else self.drifts.add_(drift)
+
+    def added(self, other: SecondMoments) -> SecondMoments:
+        """Return the moments of the rows of both."""
+        both = SecondMoments()
+        both.count = self.count + other.count
+        both.sums = _sum(self.sums, other.sums)
+        both.drifts = _sum(self.drifts, other.drifts)
+        return both
+
+    @property
+    def hessian(self) -> Tensor:
+        """2 / N times the sum of x x^T, (groups, n, n)."""
+        assert self.sums is not None
+        return self.sums * (2 / self.count)
+
+    @property
+    def drift(self) -> Tensor | None:
+        """2 / N times the sum of (x' - x) x^T, (groups, n, n), None where x' was not given."""
+        return None if self.drifts is None else self.drifts * (2 / self.count)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return torch.add(one, other)
