@@ -46,7 +46,10 @@ def server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     try:
         yield str(program)
     finally:
-        process.stdin.close()  # which ends it
+        # A closed stdin ends it too, as where the tests die; but a process that was forked from the tests and is left over
+        # from one, such as a loader's, has a copy of it.
+        process.stdin.close()
+        process.terminate()
         process.wait()
 
 
