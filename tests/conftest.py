@@ -62,6 +62,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         gc.collect()
         gc.freeze()
         yield
+        # A failed run's loader, which only a cycle of its error holds, still has its processes; these heed no signal, and the
+        # end of this process would wait for them.
+        gc.collect()
 
 
 @pytest.fixture
