@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -66,11 +66,9 @@ class _Run:
         self._go.acquire()
         try:
             # Whether gradients are kept is a thread's own setting.
-            if not self._abandoned:
-                with torch.no_grad():
+            with suppress(_Abandoned), torch.no_grad():
+                if not self._abandoned:
                     self._forward()
-        except _Abandoned:
-            pass
         except BaseException as error:
             self._error = error
         finally:

@@ -60,11 +60,13 @@ def _round(chosen: dict[str, tuple[QuantLayer, GPTQ]], count: int, name: str, in
     weight = rows_of(layer, layer.weight.detach())
     steps = quantizer.column_steps(weight.shape[2]).reshape(weight.shape)
     every = kept.added(held_out)
+    found = []
     for group, rows in enumerate(weight):
         damping = quantizer.damping
         if isinstance(damping, str):
             damping = _least_damping(quantizer, rows, steps[group], kept, held_out, group)
-        rows.copy_(_rounded(quantizer, rows, steps[group], every, group, damping))
+        found.append(_rounded(quantizer, rows, steps[group], every.of_group(group), damping))
+    layer.weight.copy_(torch.stack(found).view(layer.weight.shape))
     layer.unfold()
 
 
@@ -75,23 +77,22 @@ def _least_damping(
     if not held_out.count:
         return DAMPINGS[-1]  # fewer images than are needed to hold one out tell little, and want the most damping
     some = torch.linspace(0, len(rows) - 1, min(len(rows), TRIED_ROWS)).round().long()
-    hessian = held_out.hessian[group]
+    hessian, _ = held_out.of_group(group)
+    moments = kept.of_group(group)
     losses: dict[float, float] = {}
     for damping in DAMPINGS:
-        error = _rounded(quantizer, rows[some], steps[some], kept, group, damping) - rows[some]
+        error = _rounded(quantizer, rows[some], steps[some], moments, damping) - rows[some]
         losses[damping] = float(((error @ hessian) * error).sum())
     return min(losses, key=losses.__getitem__)
 
 
 def _rounded(
-    quantizer: GPTQ, rows: Tensor, steps: Tensor, moments: SecondMoments, group: int, damping: float
+    quantizer: GPTQ, rows: Tensor, steps: Tensor, moments: tuple[Tensor, Tensor | None], damping: float
 ) -> Tensor:
-    """Return ``rows`` (m, n) on the grid, float64, for the inputs of a ``group`` with these ``moments``."""
-    drift = None if moments.drift is None else moments.drift[group]
+    """Return ``rows`` (m, n) on the grid, float64, for inputs with the ``moments`` H and D of ``SecondMoments.of_group``."""
     ends = quantizer.qmin, quantizer.qmax
-    hessian = moments.hessian[group]
     act_order, alpha = quantizer.act_order, quantizer.alpha
-    return gptq(rows, steps, ends, hessian, drift, damping=damping, act_order=act_order, alpha=alpha)
+    return gptq(rows, steps, ends, *moments, damping=damping, act_order=act_order, alpha=alpha)
 
 
 def _moments(

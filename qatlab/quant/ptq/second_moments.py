@@ -21,7 +21,7 @@ def columns_of(layer: QuantLayer, x: Tensor) -> Tensor:
 
 
 def rows_of(layer: QuantLayer, weight: Tensor) -> Tensor:
-    """Return ``weight`` (out, in, ...) of ``layer`` as (groups, m, n), a view: the rows that meet those of ``columns_of``."""
+    """Return ``weight`` (out, in, ...) of ``layer`` as (groups, m, n): the rows that meet those of ``columns_of``."""
     groups = layer.groups if isinstance(layer, QuantConv2d) else 1
     return weight.reshape(groups, len(weight) // groups, -1)
 
@@ -64,16 +64,11 @@ class SecondMoments:
         both.drifts = _sum(self.drifts, other.drifts)
         return both
 
-    @property
-    def hessian(self) -> Tensor:
-        """2 / N times the sum of x x^T, (groups, n, n)."""
+    def of_group(self, group: int) -> tuple[Tensor, Tensor | None]:
+        """Return (H, D) of one group, each (n, n): 2 / N times the sums; D is None where x' was not given."""
         assert self.sums is not None
-        return self.sums * (2 / self.count)
-
-    @property
-    def drift(self) -> Tensor | None:
-        """2 / N times the sum of (x' - x) x^T, (groups, n, n), None where x' was not given."""
-        return None if self.drifts is None else self.drifts * (2 / self.count)
+        scale = 2 / self.count
+        return self.sums[group] * scale, None if self.drifts is None else self.drifts[group] * scale
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
