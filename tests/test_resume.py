@@ -20,18 +20,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import polars as pl
 import pytest
 import torch
 from brief import BRIEF, with_options
+from torch.utils.data import DataLoader
 
-from qatlab.config import Config
+from qatlab.config import Config, compose
 from qatlab.core.errors import UserError
 from qatlab.data.captions.batches import StreamedBatches
 from qatlab.data.embedded.sets import write_caption_shards
 from qatlab.fit import fit
 from qatlab.results.rows import read_rows
 from qatlab.results.run import Run
+from qatlab.stages.faults import Faults
 from qatlab.training.checkpoints import MADE_WITH, checkpoints
 from qatlab.training.student import Student
 
@@ -549,6 +552,32 @@ def test_a_killed_loader_process_is_told(small_fit: Fit, unstopped: Any, tmp_pat
         ):
             small_fit(RECIPE, tmp_path, *options)
     assert weights(small_fit(RECIPE, tmp_path, *options).folder) == weights(unstopped(STREAMED).folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), r"unexpectedly \(\[Errno 104\] Connection reset by peer\)"),
+        (EOFError(), r"unexpectedly \(its connection was closed\)"),
+    ],
+    ids=["reset", "end of file"],
+)  # fmt: skip
+def test_a_loader_process_that_ends_while_it_sends_a_batch_is_told(error: Exception, sentence: str) -> None:
+    class Closed:
+        def get(self, timeout: float) -> Any:
+            raise error
+
+    batches: Any = iter(DataLoader(range(8), num_workers=1))  # type: ignore[arg-type]
+    next(batches)
+    queue, batches._data_queue = batches._data_queue, Closed()
+    with pytest.raises(UserError, match=sentence), Faults(compose(f"recipe={RECIPE}")).named(L.Trainer(logger=False)):
+        next(batches)
+    batches._data_queue = queue
+
+
+def test_a_connection_of_anything_else_is_no_matter_of_loaders() -> None:
+    with pytest.raises(ConnectionResetError), Faults(compose(f"recipe={RECIPE}")).named(L.Trainer(logger=False)):
+        raise ConnectionResetError(104, "Connection reset by peer")
 
 
 @pytest.mark.parametrize(

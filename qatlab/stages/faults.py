@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning as L
@@ -32,15 +34,16 @@ class Faults(L.Callback):
         """Turn a fault of the machine inside this context into a UserError."""
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError, ConnectionError, EOFError) as error:
             # torch raises a plain RuntimeError for most of these faults, which differ only in their text.
             text = str(error)
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
                 raise UserError(self._out_of_memory(trainer)) from error
-            if "DataLoader worker" in text:
+            if "DataLoader worker" in text or _lost_its_loader(error):
+                reason = text.splitlines()[0].rstrip(". ") if text else "its connection was closed"
                 raise UserError(
-                    f"a data-loading process ended unexpectedly ({text.splitlines()[0].rstrip('. ')}): the system kills one "
-                    f"when memory runs out. Lower fit.workers={self.config.fit.workers}. {GOES_ON}"
+                    f"a data-loading process ended unexpectedly ({reason}): the system kills one when memory runs out. "
+                    f"Lower fit.workers={self.config.fit.workers}. {GOES_ON}"
                 ) from error
             if isinstance(error, torch.distributed.DistError) or "gloo/transport" in text:
                 # The text is "[pair.cc:534] Connection closed by peer. ...": the place in the C++ code is cut off.
@@ -63,3 +66,20 @@ class Faults(L.Callback):
         if now == 1:
             remedy = "not even one image at a time fits, so take a smaller model or a larger device"
         return f"{trainer.strategy.root_device} ran out of memory {where}: {remedy}. {GOES_ON}"
+
+
+def _lost_its_loader(error: BaseException) -> bool:
+    """Return whether the error is a connection that a data-loading process closed by ending.
+
+    The connection is closed a moment before the system tells this process of the end, by a signal whose handler raises
+    torch's "DataLoader worker ..." in whatever line is running then. The signal is waited for here, because nothing may
+    be raised in the lines that end the run.
+    """
+    if not isinstance(error, (ConnectionError, EOFError)):
+        return False
+    # An error inside a data-loading process, as of a file on a network, is raised again in another function.
+    if "_try_get_data" not in [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]:
+        return False
+    with suppress(RuntimeError):
+        time.sleep(1)
+    return True
