@@ -39,7 +39,14 @@ class Faults(L.Callback):
             text = str(error)
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
                 raise UserError(self._out_of_memory(trainer)) from error
-            if "DataLoader worker" in text or _lost_its_loader(error):
+            cut_off = _is_cut_off(error)
+            if cut_off:
+                # The connection is closed a moment before the system tells this process of the end, by a signal whose
+                # handler raises torch's "DataLoader worker ..." in whatever line runs then. It is waited for, because
+                # nothing may be raised in the lines that end the run.
+                with suppress(RuntimeError):
+                    time.sleep(1)
+            if cut_off or "DataLoader worker" in text:
                 reason = text.splitlines()[0].rstrip(". ") if text else "its connection was closed"
                 raise UserError(
                     f"a data-loading process ended unexpectedly ({reason}): the system kills one when memory runs out. "
@@ -68,18 +75,8 @@ class Faults(L.Callback):
         return f"{trainer.strategy.root_device} ran out of memory {where}: {remedy}. {GOES_ON}"
 
 
-def _lost_its_loader(error: BaseException) -> bool:
-    """Return whether the error is a connection that a data-loading process closed by ending.
-
-    The connection is closed a moment before the system tells this process of the end, by a signal whose handler raises
-    torch's "DataLoader worker ..." in whatever line is running then. The signal is waited for here, because nothing may
-    be raised in the lines that end the run.
-    """
-    if not isinstance(error, (ConnectionError, EOFError)):
-        return False
+def _is_cut_off(error: BaseException) -> bool:
+    """Return whether the error is a connection that a data-loading process closed, by ending while it sent a batch."""
     # An error inside a data-loading process, as of a file on a network, is raised again in another function.
-    if "_try_get_data" not in [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]:
-        return False
-    with suppress(RuntimeError):
-        time.sleep(1)
-    return True
+    functions = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, (ConnectionError, EOFError)) and "_try_get_data" in functions
