@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from qatlab.quant.layers.linear import QuantConv2d, QuantLayer
 
+STRIP = 768  # columns of a product that are computed at once: few make small products, many leave little to be saved
+
 
 def columns_of(layer: QuantLayer, x: Tensor) -> Tensor:
     """Return the input ``x`` of ``layer`` as (groups, N, n): N rows, each multiplied with all rows of a weight (m, n).
@@ -50,7 +52,7 @@ class SecondMoments:
         """Add the rows x (groups, N, n), and the same rows in full precision, ``full`` of the shape of x."""
         self.count += x.shape[1]
         # One product of one batch in the inputs' own precision, and the sum over batches in float64.
-        product = (x.mT @ x).double()
+        product = _products(x).double()
         self.sums = product if self.sums is None else self.sums.add_(product)
         if full is not None:
             drift = ((full - x).mT @ x).double()
@@ -69,6 +71,17 @@ class SecondMoments:
         assert self.sums is not None
         scale = 2 / self.count
         return self.sums[group] * scale, None if self.drifts is None else self.drifts[group] * scale
+
+
+def _products(x: Tensor) -> Tensor:
+    """Return x^T x of rows x (groups, N, n), (groups, n, n)."""
+    found = x.new_empty(len(x), x.shape[2], x.shape[2])
+    for start in range(0, x.shape[2], STRIP):
+        end = start + STRIP
+        # The product is symmetric: what stands below a strip's square stands to the right of it too.
+        found[:, start:end, start:] = x[:, :, start:end].mT @ x[:, :, start:]
+        found[:, end:, start:end] = found[:, start:end, end:].mT
+    return found
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
