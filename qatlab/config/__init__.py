@@ -3,6 +3,7 @@
 from qatlab.config.options import (
     EMBEDDED,
     ENTRIES,
+    QUANT_BLOCKS,
     QUANT_SLOTS,
     BenchConfig,
     Config,
@@ -53,6 +54,7 @@ __all__ = [
     "ENTRIES",
     "GROUPS",
     "OF_CALL",
+    "QUANT_BLOCKS",
     "QUANT_SLOTS",
     "RUN_ID",
     "BenchConfig",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qatlab.config import QUANT_SLOTS, Config, SuiteConfig
+from qatlab.config import QUANT_BLOCKS, Config, SuiteConfig
 from qatlab.config.weight_files import files_of_model
 from qatlab.core.contents import file_hashes, file_stamp
 from qatlab.core.files import expanded, user_path
@@ -24,7 +24,7 @@ def of_model(config: Config) -> Contents:
     Shards are left out: they are as large as the training data, and the checkpoints of a run know which were read.
     """
     data = config.data if isinstance(config.data, Mapping) else {}
-    quant = [getattr(config.quant, slot) for slot in (*QUANT_SLOTS, "rules")]
+    quant = [getattr(config.quant, slot) for slot in (*QUANT_BLOCKS, "rules")]
     named = [*files_of_model(config.model), config.model.text_features]
     unsharded = {key: value for key, value in data.items() if key != "shards"}
     return of_files_in([*named, unsharded, *quant, config.objective.extra])

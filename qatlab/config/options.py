@@ -235,6 +235,8 @@ class QuantConfig:
     """Products while training: float (exact) | int8 (integer forward) | bf16 (codes in bfloat16; 0.3 % off)."""
     partial: bool = later(False)
     """Quantize a model most of whose products qatlab leaves in full precision, as those of convolutional towers."""
+    outliers: Slot = later(None)
+    """Keeps some input channels of linear layers in full precision, a _target_ block; quant/rewrite=outlier_channels."""
 
 
 @dataclass
@@ -491,6 +493,8 @@ def chosen_loggers(logger: Any) -> dict[str, Any]:
 
 
 QUANT_SLOTS = ("weight", "act", "rewrite", "adapter", "plan")
+# Blocks of quant with a group of choices each, and all that there are: ``outliers`` is a choice of the group of rewrites.
+QUANT_BLOCKS = (*QUANT_SLOTS, "outliers")
 
 
 def is_quantized(config: QuantConfig, tower: str = "both") -> bool:

@@ -35,6 +35,9 @@ def recipe_files(folder: str = "", config_dir: Path | None = None) -> dict[str, 
 GROUPS = ["model", "data", "suite", "trainer", "optim", *(f"quant/{slot}" for slot in QUANT_SLOTS)]
 
 
+_PACKAGE = "# @package "
+
+
 def register() -> None:
     """Make the options and every file under recipes/ known to Hydra."""
     # The resolver is for the only folder that Hydra makes itself, which holds its multirun.yaml.
@@ -49,7 +52,16 @@ def register() -> None:
         store.store(group="recipe", name=name, node=OmegaConf.load(path), package="_global_")
     for group in GROUPS:
         for name, path in recipe_files(group).items():
-            store.store(group=group, name=name, node=OmegaConf.load(path))
+            store.store(group=group, name=name, node=OmegaConf.load(path), package=section_of(path))
+
+
+def section_of(path: Path) -> str | None:
+    """Return the section that the keys of a choice stand in, as Hydra's "# @package" line names it; None: that of its group.
+
+    A rewrite of another section can be chosen beside one of ``quant.rewrite``: quant/rewrite=[rotation,outlier_channels].
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.removeprefix(_PACKAGE).strip() for line in lines if line.startswith(_PACKAGE)), None)
 
 
 def typed_options() -> DictConfig:

@@ -8,14 +8,14 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from qatlab.config import QUANT_SLOTS, Config, SetConfig, SuiteConfig, chosen_loggers
+from qatlab.config import QUANT_BLOCKS, Config, SetConfig, SuiteConfig, chosen_loggers
 from qatlab.core.errors import UserError
 
 TARGET = "_target_"
 BLOCKS = frozenset(
     {
         *(f"qatlab.quant.{name}" for name in ("DynamicMinMax", "GPTQ", "LRQAT", "LSQ", "LSQPlus", "LoRA", "MinMax")),
-        *(f"qatlab.quant.{name}" for name in ("MixedPrecision", "RaanA", "Rotation", "SmoothQuant")),
+        *(f"qatlab.quant.{name}" for name in ("MixedPrecision", "OutlierChannels", "RaanA", "Rotation", "SmoothQuant")),
         *(f"qatlab.callbacks.{name}" for name in ("Calibration", "OOD", "Predictions", "Refits", "Spurious")),
         "qatlab.callbacks.Temperature",
         "qatlab.data.CaptionShards",
@@ -74,7 +74,7 @@ def require_known(blocks: Mapping[str, Any], where: Path, trust: bool, also: Ite
 def blocks_of(config: Config) -> dict[str, Any]:
     """Return {dotted key: block} of every _target_ block of the options; an empty slot has None for a block."""
     callbacks = {f"callbacks.{name}": block for name, block in config.callbacks.items()}
-    quant = {f"quant.{slot}": getattr(config.quant, slot) for slot in QUANT_SLOTS}
+    quant = {f"quant.{slot}": getattr(config.quant, slot) for slot in QUANT_BLOCKS}
     objectives = {f"objective.extra.{name}": block for name, block in config.objective.extra.items()}
     loggers = {key: choice for key, choice in chosen_loggers(config.logger).items() if isinstance(choice, Mapping)}
     return {"data": config.data, **quant, **objectives, **callbacks, **loggers}

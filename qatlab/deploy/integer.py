@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qatlab.core.errors import UserError
 from qatlab.quant.layers.linear import QuantConv2d, QuantLayer, RightFactor
+from qatlab.quant.layers.outliers import OutlierProduct
 from qatlab.quant.layers.walk import quant_layers
 from qatlab.quant.quantizers.base import Quantizer
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
@@ -23,6 +24,8 @@ LOW, HIGH, MIDDLE = 0, 255, 128
 
 class IntegerLayer(RightFactor, nn.Module):
     """A ``QuantLayer`` in the form of integer runtimes: quantize, dequantize, and a product with a dequantized int8 weight.
+
+    Input channels that stay in full precision have codes of zero in the weight, and a product of their own, in floats.
 
     Its values are equal to those of the simulation up to the order of sums. Runtimes fuse the three steps into one
     integer product. Raises UserError, naming the layer, unless the input has one grid, and the weight one grid or one
@@ -38,6 +41,7 @@ class IntegerLayer(RightFactor, nn.Module):
         weight, act = _static(layer, name)
         self.name, self.shell = name, _shell(layer)
         codes = layer.weight_codes(torch.int8)
+        self.outliers = _frozen(layer.outliers) if layer.outliers else None
         scale = weight.scale.detach().float().reshape(-1)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scale.expand(len(codes)).contiguous())
@@ -48,6 +52,8 @@ class IntegerLayer(RightFactor, nn.Module):
         if self.offset:
             moved = self.offset * layer.quantized_weight().detach().flatten(1).sum(1)
             self.shell.bias = _constant(moved if layer.bias is None else layer.bias + moved)
+        if self.outliers is not None:
+            self._leave_out(layer, act, self.outliers.channels)
         zero = 0 if self.offset else int(act.zero_point)
         self.scale, self.zero = float(act.scale.detach()), zero + MIDDLE
         self.ends: tuple[float, float] | None = None
@@ -57,10 +63,22 @@ class IntegerLayer(RightFactor, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for the input ``x`` (..., K), as the simulation's layer shapes it."""
+        outliers = None if self.outliers is None else self.outliers(x)
         # Quantize, dequantize, multiply: runtimes look for this pattern and put one integer product in its place.
         x = _OPS.dequantize_per_tensor(self.rounded(x), self.scale, self.zero, LOW, HIGH, torch.uint8)
         weight = _OPS.dequantize_per_channel(self.codes, self.scales, self.zeros, 0, -128, 127, torch.int8)
-        return self.shell.compute(x, weight)
+        y = self.shell.compute(x, weight)
+        return y if outliers is None else y + outliers
+
+    def _leave_out(self, layer: QuantLayer, act: Quantizer, channels: Tensor) -> None:
+        """Give the columns of ``channels`` (k,) codes of zero, so that it does not matter what their inputs are rounded to."""
+        # The simulation rounds zeros there. Where a training has moved the columns, or the grid has no zero, what their
+        # product adds is a constant, which the bias takes up.
+        columns = layer.quantized_weight().detach()[:, channels].flatten(1).sum(1)
+        moved = (act(torch.zeros(1, device=columns.device)).detach() - self.offset) * columns
+        if bool(moved.any()):
+            self.shell.bias = _constant(moved if self.shell.bias is None else self.shell.bias + moved)
+        self.codes = self.codes.index_fill(1, channels, 0)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return the codes of the input ``x`` of any shape, uint8 of the same shape."""
@@ -161,9 +179,14 @@ def _shell(layer: QuantLayer) -> QuantLayer:
     shell._parameters, shell._modules = dict(layer._parameters), dict(layer._modules)
     shell.bias = None if layer.bias is None else _constant(layer.bias)
     shell.weight = None  # type: ignore[assignment]
-    shell.weight_quantizer = shell.act_quantizer = None
+    shell.weight_quantizer = shell.act_quantizer = shell.outliers = None
     shell.unfold()
     return shell
+
+
+def _frozen(product: OutlierProduct) -> OutlierProduct:
+    """Return a copy of ``product`` whose weight is not trained."""
+    return copy.deepcopy(product).requires_grad_(False)
 
 
 def _constant(values: Tensor) -> nn.Parameter:

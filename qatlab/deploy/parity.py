@@ -34,7 +34,8 @@ class LayerParity(NamedTuple):
     ``error`` is ‖runtime − simulation‖ / ‖simulation‖ of the output, and ``product_error`` the same over the tokens
     whose input codes are all equal. ``mismatch`` is the share of input codes that differ: a value midway between two
     codes may be rounded in either direction, because some runtimes multiply by 1 / s instead of dividing by s.
-    ``integer`` says whether the runtime computes the product in integers, ``codes`` how many codes the input has.
+    ``integer`` says whether the runtime computes the product in integers, ``codes`` how many codes the input has, and
+    ``outlier_channels`` how many of its channels are multiplied in floats beside that product.
     """
 
     layer: str
@@ -43,6 +44,7 @@ class LayerParity(NamedTuple):
     mismatch: float
     integer: bool
     codes: int = 0
+    outlier_channels: int = 0
 
     @property
     def passed(self) -> bool:
@@ -98,8 +100,10 @@ def compare_layers(simulated: nn.Module, images: Tensor, part: Callable[[str], P
         same = _same_inputs(layer, theirs == codes)
         mismatch = float((theirs != codes).double().mean())
         product_error = distance(y[same], reference[same])
+        outliers = len(layer.outliers) if layer.outliers else 0
+        integer = of_runtime.integer
         found.append(
-            LayerParity(name, distance(y, reference), product_error, mismatch, of_runtime.integer, codes.numel())
+            LayerParity(name, distance(y, reference), product_error, mismatch, integer, codes.numel(), outliers)
         )
 
     with on_outputs(layers, compare):

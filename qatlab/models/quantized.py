@@ -13,7 +13,7 @@ from typing import Any
 from hydra.utils import get_object
 from torch import Tensor, nn
 
-from qatlab.config import QUANT_SLOTS, ModelConfig, QuantConfig, flat, is_quantized
+from qatlab.config import QUANT_BLOCKS, ModelConfig, QuantConfig, flat, is_quantized
 from qatlab.config.blocks import check_block, factory
 from qatlab.config.renamed import EARLIER, with_earlier_names, with_present_names
 from qatlab.config.trust import require_known
@@ -79,7 +79,7 @@ def quantized_copy(visual: nn.Module, config: QuantConfig, folded: bool = True) 
     if config.rewrite is not None:
         # A rewrite may add modules and change weights; the state to load has the values of both.
         model = _rewrite(config).prepare(model)
-    return _converted(model, _options_of(model, config))
+    return _prepared(_converted(model, _options_of(model, config)), config)
 
 
 def check_quantizers(config: QuantConfig) -> None:
@@ -92,6 +92,7 @@ def check_quantizers(config: QuantConfig) -> None:
         quantize(nn.Sequential(nn.Linear(width, 768)), weight, act, adapter=adapter)
     if config.rewrite is not None:
         _rewrite(config)
+    _outliers(config)
     planner(config)
 
 
@@ -153,7 +154,7 @@ def quantized_text(model: nn.Module, config: QuantConfig) -> TextTower:
     own = _options_of(tower, config)
     if config.rewrite is not None:
         tower = _rewrite(config).prepare(tower)
-    return _converted(tower, own)
+    return _prepared(_converted(tower, own), config)
 
 
 def fitted_text(
@@ -182,6 +183,9 @@ def _fitted(model: nn.Module, config: QuantConfig, batches: Callable[[], Iterabl
         # As rules: the file of the run then says which bits each layer has, and whoever reads it needs no planner.
         config = replace(config, rules={**config.rules, **planned})
     model = _converted(model, _options_of(model, config))
+    if config.outliers is not None:
+        # The ranges that scales are found for are those without the channels that stay in full precision.
+        model = _outliers(config)(model, batches())
     calibrate(model, batches())
     return model, config
 
@@ -380,7 +384,7 @@ def _converted(model: Any, config: QuantConfig) -> Any:
 
 def _blocks(config: QuantConfig) -> dict[str, Any]:
     """Return {slot: block} of the slots that are not empty."""
-    slots = {slot: getattr(config, slot) for slot in QUANT_SLOTS}
+    slots = {slot: getattr(config, slot) for slot in QUANT_BLOCKS}
     return {slot: block for slot, block in slots.items() if block is not None}
 
 
@@ -394,6 +398,16 @@ def _rewrite(config: QuantConfig) -> Any:
     given = {"weight": _factory(config.weight), "act": _factory(config.act)}
     takes = inspect.signature(get_object(config.rewrite["_target_"])).parameters
     return _factory(config.rewrite)(**{name: factory for name, factory in given.items() if name in takes})
+
+
+def _outliers(config: QuantConfig) -> Any:
+    """Return what chooses the channels that stay in full precision, None where all are rounded."""
+    return config.outliers and _factory(config.outliers)()
+
+
+def _prepared(model: Any, config: QuantConfig) -> Any:
+    """Return ``model``, whose layers are quantized, with the places for channels that stay in full precision."""
+    return model if config.outliers is None else _outliers(config).prepare(model)
 
 
 def _named(block: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from qatlab.quant.quantizers.lsq import LSQ
 from qatlab.quant.quantizers.lsq_plus import LSQPlus
 from qatlab.quant.quantizers.minmax import MinMax
 from qatlab.quant.quantizers.raana import RaanA
+from qatlab.quant.rewrites.outlier_channels import OutlierChannels
 from qatlab.quant.rewrites.rotation import Rotation
 from qatlab.quant.rewrites.smoothquant import SmoothQuant
 
@@ -33,6 +34,7 @@ __all__ = [
     "LoRA",
     "MinMax",
     "MixedPrecision",
+    "OutlierChannels",
     "QuantAttention",
     "QuantConv2d",
     "QuantLayer",

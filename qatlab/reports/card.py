@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from qatlab.deploy.agreement import EndToEnd, agreement
 from qatlab.quant.inspect.coverage import statement
+from qatlab.quant.inspect.kept import told
 from qatlab.reports.markdown import literal
 from qatlab.reports.titles import SCORES
 from qatlab.results.contexts import SHARED
@@ -90,6 +91,13 @@ def _lines(rows: Sequence[Row], stages: Sequence[str]) -> list[list[str]]:
     return lines
 
 
+def _kept(channels: dict[str, int]) -> str:
+    """Return the line on what is multiplied in floats, from the number of ``channels`` by layer; "" where nothing is."""
+    if not channels:
+        return ""
+    return f"\n* {told(channels)}, a product in floats beside the integer one."
+
+
 def _markdown(card: dict[str, Any], columns: dict[str, str]) -> str:
     """Return the text of README.md; ``columns`` {stage: title} are the columns of its table."""
     lines = _lines(card["rows"], list(columns))
@@ -113,7 +121,7 @@ normalised images (B, 3, {size}, {size}) float32 in, features (B, D) float32 out
 in-distribution ones are; OOD+: in-distribution images rejected where 95 % of the others are.
 FP32 is read at its own logit scale, the other columns at the one below, which is served.
 
-* {statement(card)}.
+* {statement(card)}.{_kept(card.get("outlier_channels", {}))}
 * Features of {literal(whole["of"])} ({whole["n"]} images): {whole["integer"]:.1e} from the simulation's, which are
   {whole["simulated"]:.1e} from full precision. parity.csv has every layer.
 * Top-1 answers that are the simulation's: {alike}.

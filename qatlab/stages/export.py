@@ -177,6 +177,9 @@ def _written(experiment: Experiment, form: str, draft: Path, inside: EvaluationS
         logit_scale=served.logit_scale,
         logit_scale_of=origin(served),
     )
+    kept = {of.layer: of.outlier_channels for of in found if of.outlier_channels}
+    if kept:
+        update(draft, outlier_channels=kept)
     update(draft, integer_layers=integers, blocks={of.block: [of.error, of.simulated] for of in blocks})
     return DeployedTower(draft, written.model)
 

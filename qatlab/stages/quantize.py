@@ -36,6 +36,7 @@ from qatlab.models.text_tower import TextTower, class_drift
 from qatlab.quant import layer_report, quant_layers, verify
 from qatlab.quant.inspect.bits import planned_bits
 from qatlab.quant.inspect.coverage import SHARES, coverage, statement, warning
+from qatlab.quant.inspect.kept import kept_channels, told
 from qatlab.results.run import Run
 from qatlab.stages.experiment import Experiment
 from qatlab.stages.towers import RunTowers
@@ -155,6 +156,8 @@ def _fit_image_tower(experiment: Experiment) -> None:
     towers.student.visual, towers.quant = fitted_copy(visual, towers.asked, batches)
     if towers.asked.plan is not None:
         processes.say(f"  {planned_bits(towers.student.visual)}")
+    if towers.asked.outliers is not None:
+        processes.say(f"  {told(kept_channels(towers.student.visual))}")
 
 
 def _text_tower(experiment: Experiment, finished: bool) -> tuple[TextTower, bool]:
@@ -185,6 +188,8 @@ def _fit_text_tower(experiment: Experiment) -> tuple[TextTower, dict[str, Any]]:
     text, quant = fitted_text(model.to(processes.device), towers.asked, batches)
     if towers.asked.plan is not None:
         processes.say(f"  {planned_bits(text)}")
+    if towers.asked.outliers is not None:
+        processes.say(f"  {told(kept_channels(text))}")
     return text, quant.rules
 
 

@@ -81,7 +81,7 @@ class OpenVinoModel:
         """Return how many layers with weights run, and how many of them in integers, in the runtime's own graph.
 
         The runtime may split a layer into several products, which then have the weight of one layer; it is a layer of integers
-        where all of them are.
+        where all of them are. Outlier channels, whose product in floats stands beside that of their layer, are no layer.
         """
         layers: dict[str, bool] = {}
         for node in self.compiled.get_runtime_model().get_ordered_ops():
@@ -93,8 +93,18 @@ class OpenVinoModel:
                 # weights and multiplies floats. The input must be of bytes as well.
                 given = str(node.input(0).get_element_type().to_string())
                 integer = str(facts["runtimePrecision"].value) in _BYTES and given in _BYTES
+                if not integer and _is_gathered(node):
+                    continue
                 layers[weight] = layers.get(weight, True) and integer
         return len(layers), sum(layers.values())
+
+
+def _is_gathered(node: Any) -> bool:
+    """Return whether a product of the running graph multiplies some channels that were gathered from a layer's input."""
+    # The constants of such a product have no names of their own. A layer that a runtime computes in floats reads the layer's
+    # input itself, so it is not taken for one.
+    source = node.input(0).get_source_output().get_node()
+    return str(source.get_rt_info()["layerType"].value) == "Gather"
 
 
 def block_outputs(file: Path, names: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:

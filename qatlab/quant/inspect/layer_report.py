@@ -18,7 +18,8 @@ def layer_report(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
 
     ``images`` are normalised (B, 3, S, S). A row holds layer, kind (the last part of the name), in_features,
     out_features, weight_bits, weight_scale (mean), weight_sqnr_db, act_bits, act_scale (mean), act_absmax, act_sqnr_db,
-    act_clipped (fraction of the input rounded beyond the grid's ends) and output_sqnr_db; None where a tensor is not
+    act_clipped (fraction of the input rounded beyond the grid's ends), output_sqnr_db and outlier_channels (how many
+    channels of the input stay in full precision; the act columns are about the others); None where a tensor is not
     quantized. The signal-to-quantization-noise ratio is 10 log10(sum x^2 / sum (x - x_q)^2) in float64, infinite
     without error.
     """
@@ -57,9 +58,12 @@ def _layer_row(
     name: str, layer: QuantLayer, weight: Quantizer | None, act: Quantizer | None, x: Tensor
 ) -> dict[str, Any]:
     """Return the row of one layer with input ``x``; the quantizers are given, as the layer's slots are empty now."""
+    # What the channels in full precision add to the output is the same on both sides; their inputs are not rounded.
+    kept = layer.outliers(x) if layer.outliers else 0.0
+    x = layer.to_round(x)
     quantized_weight = layer.weight if weight is None else weight(layer.weight)
     quantized_x = layer.rounded_input(x, act)
-    output = layer.compute(x, layer.weight)
+    output = layer.compute(x, layer.weight) + kept
     return {
         "layer": name,
         "kind": name.rsplit(".", 1)[-1],
@@ -73,7 +77,8 @@ def _layer_row(
         "act_absmax": float(x.abs().max()),
         "act_sqnr_db": _sqnr_db(x, quantized_x) if act else None,
         "act_clipped": _clipped(act, layer.tokens(x)) if act else None,
-        "output_sqnr_db": _sqnr_db(output, layer.compute(quantized_x, quantized_weight)),
+        "output_sqnr_db": _sqnr_db(output, layer.compute(quantized_x, quantized_weight) + kept),
+        "outlier_channels": len(layer.outliers) if layer.outliers else 0,
     }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qatlab.quant.layers.fused import fused_linear
+from qatlab.quant.layers.outliers import OutlierProduct
 from qatlab.quant.layers.weight import FoldedWeight, Kept
 from qatlab.quant.quantizers.base import Quantizer
 
@@ -17,7 +18,8 @@ class QuantLayer(nn.Module):
     """A layer that returns ``compute(Q_a(x), Q_w(W)) + adapter(x)``, with the weight and bias of another layer.
 
     Each slot may be None, which leaves that tensor in full precision or that term out; the adapter sees the
-    full-precision x. A quantized weight that needs no gradient is computed once and reused (FoldedWeight); it is in no
+    full-precision x. Where it has ``outliers``, these channels of x are zeros before Q_a, and their product in full precision
+    is added. A quantized weight that needs no gradient is computed once and reused (FoldedWeight); it is in no
     state dict, and ``train()`` and ``to()`` drop it. A write in place through ``.data`` is not noticed: call ``unfold``
     after such a write.
     """
@@ -29,6 +31,7 @@ class QuantLayer(nn.Module):
     weight_quantizer: Quantizer | None
     act_quantizer: Quantizer | None
     adapter: nn.Module | None
+    outliers: OutlierProduct | None
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class QuantLayer(nn.Module):
         for slot, module in (("weight_quantizer", weight), ("act_quantizer", act), ("adapter", adapter)):
             # Quantizers and adapters are built on the CPU, but the layer may be on a GPU.
             setattr(self, slot, module.to(source.weight.device) if module is not None else None)
+        self.outliers = None
         self._kept = Kept()
         self.train(source.training)
 
@@ -60,13 +64,20 @@ class QuantLayer(nn.Module):
         """Return the input x with its channels last, (..., in), as activation quantizers take it."""
         return x
 
+    def to_round(self, x: Tensor) -> Tensor:
+        """Return the input x (..., in) as it is rounded: with zeros in the channels of ``outliers``."""
+        return self.outliers.without(x) if self.outliers else x
+
     def rounded_input(self, x: Tensor, act: Quantizer | None) -> Tensor:
-        """Return the input x, rounded by ``act`` where that is given, in the shape of x."""
+        """Return ``to_round`` of the input x, rounded by ``act`` where that is given, in the shape of x."""
+        x = self.to_round(x)
         return x if act is None else act(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized layer's output, with the shape of the replaced layer's: (..., out) for x (..., in)."""
         y = self.base(x)
+        if self.outliers:
+            y = y + self.outliers(x)
         return y if self.adapter is None else y + self.adapter(x)
 
     @property
@@ -118,7 +129,7 @@ class QuantLinear(QuantLayer):
         """
         quantized = self.act_quantizer is not None or self.weight_quantizer is not None
         if quantized and torch.is_grad_enabled():
-            return fused_linear(x, self.folded, self.act_quantizer, self.bias, self.matmul)
+            return fused_linear(self.to_round(x), self.folded, self.act_quantizer, self.bias, self.matmul)
         return super().base(x)
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         quantizer = acts[name]
         if quantizer is not None:
             with _naming(name, "input"):
-                quantizer.observe(layer.tokens(inputs[0]))
+                quantizer.observe(layer.tokens(layer.to_round(inputs[0])))
 
     images = 0
     with evaluating(model), full_precision(model), on_inputs(layers, observe):

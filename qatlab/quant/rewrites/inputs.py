@@ -11,14 +11,16 @@ ROWS = 256  # tokens of a layer's inputs that are kept
 class LayerInputs:
     """The extremes of each channel of a layer's inputs, and ROWS tokens drawn evenly, over every ``turns``-th image.
 
-    ``turn`` is the first image that counts. ``low`` and ``high`` are (channels,), ``sample`` is (ROWS, channels).
+    ``turn`` is the first image that counts. ``low`` and ``high`` are (channels,), ``sample`` is (ROWS, channels), and empty
+    where a single turn is not ``sampled``.
     """
 
-    def __init__(self, turn: int = 0, turns: int = 1) -> None:
+    def __init__(self, turn: int = 0, turns: int = 1, sampled: bool = False) -> None:
         self.low = self.high = self.sample = self._keys = torch.empty(0)
         # ``turns`` above 1 means a search, which divides the images
         # among several LayerInputs, and which alone reads a sample.
-        self._turn, self._turns, self._rows = turn, turns, ROWS if turns > 1 else 0
+        self._turn, self._turns, self._rows = turn, turns, ROWS if turns > 1 or sampled else 0
+        self.tokens = 0  # that were seen
         # All layers have one seed, so that their samples are the same tokens of the same images.
         self._generator = torch.Generator().manual_seed(0)
 
@@ -34,6 +36,7 @@ class LayerInputs:
         if not len(x):
             return
         x = x.reshape(-1, x.shape[-1])
+        self.tokens += len(x)
         low, high = x.amin(0), x.amax(0)  # torch.aminmax over a dimension takes 20 times as long on a CPU
         keys, places = torch.rand(len(x), generator=self._generator).sort()
         sample = x[places[: self._rows].to(x.device)]
