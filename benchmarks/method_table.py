@@ -16,6 +16,7 @@ from qatlab.quant.bits.sensitivity import gradient_sensitivities
 from qatlab.quant.layers.lora import LoRA
 from qatlab.quant.quantizers.lr_qat import LRQAT
 from qatlab.quant.quantizers.raana import RaanA
+from qatlab.quant.rewrites.outlier_channels import OutlierChannels
 from qatlab.quant.rewrites.rotation import Rotation
 from qatlab.quant.rewrites.smoothquant import SmoothQuant
 
@@ -34,12 +35,13 @@ class Method:
     step: float | dict[str, float] | None = None  # the target, or one for each choice of kernels
 
 
-def plain(weight: Any, act: Any, rewrite: Any = None, **options: Any) -> Make:
-    """Rewrite the tower where the method does, quantize it and calibrate it."""
+def plain(weight: Any, act: Any, rewrite: Any = None, outliers: Any = None, **options: Any) -> Make:
+    """Rewrite the tower where the method does, quantize it, take channels out of the rounding and calibrate it."""
 
     def make(visual: nn.Module, batches: list[Tensor]) -> nn.Module:
         visual = visual if rewrite is None else rewrite(visual, batches)
         model = quantize(visual, weight, act, **options)
+        model = model if outliers is None else outliers(model, batches)
         calibrate(model, batches)
         return model
 
@@ -93,6 +95,7 @@ METHODS = {
     "raana_w4": Method(plain(partial(RaanA, bits=4), A8)),
     "smooth_0.5": Method(plain(W8, A8, SmoothQuant(0.5)), 2),
     "smooth_search": Method(plain(W8, A8, SmoothQuant("search", W8, A8)), 2),
+    "outliers": Method(plain(W8, A8, outliers=OutlierChannels(budget=0.003)), 2),
     "rotation_lsq": Method(plain(LSQ_PC, LSQ_A, Rotation()), trained=True),
     "mixed": Method(mixed_precision, 4),
     "lsq": Method(plain(LSQ_W, LSQ_A), trained=True, step=LSQ_STEP),

@@ -22,6 +22,7 @@ from qatlab.config import (
     save,
 )
 from qatlab.config.blocks import check_blocks
+from qatlab.config.recipes import section_of
 from qatlab.core.errors import UserError
 from qatlab.metrics.ood import SCORES
 from qatlab.results.identity import evaluation_id, run_id
@@ -65,10 +66,10 @@ def test_a_recipe_writes_no_values_into_a_group(recipe):
 def test_every_choice_composes_over_a_recipe(group, choice):
     config = compose("recipe=light_qat", f"{group}={choice}")
     check_blocks(config)
-    chosen = config
-    for part in group.split("/"):
+    chosen, file = config, recipe_files(group)[choice]
+    for part in (section_of(file) or group.replace("/", ".")).split("."):
         chosen = getattr(chosen, part)
-    for key, value in OmegaConf.to_container(OmegaConf.load(recipe_files(group)[choice])).items():
+    for key, value in OmegaConf.to_container(OmegaConf.load(file)).items():
         found = chosen[key] if isinstance(chosen, dict) else getattr(chosen, key)
         if key == "sets":
             assert {name: (entry.path, entry.role) for name, entry in found.items()} == {

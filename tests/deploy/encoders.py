@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.deploy.cpu import lacks_vnni
-from qatlab.quant import GPTQ, LSQ, LoRA, LSQPlus, MinMax, RaanA, Rotation, calibrate, quantize
+from qatlab.quant import GPTQ, LSQ, LoRA, LSQPlus, MinMax, OutlierChannels, RaanA, Rotation, calibrate, quantize
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
 from qatlab.quant.quantizers.lr_qat import LRQAT
 
@@ -30,6 +30,10 @@ EXACT: dict[str, dict[str, Any]] = {
     "gptq": {"weight": partial(GPTQ, BITS), "act": partial(MinMax, 8, observer="mse")},
     "lr_qat": {"weight": partial(LRQAT, 4, rank=2), "act": partial(MinMax, 8)},
     "ends": {**PLAIN, "patch_conv": True, "final_proj": True},
+    "outliers": {**PLAIN, "outliers": OutlierChannels(channels=2, layers="*mlp*")},
+    "outliers, zero point": {**PLAIN, "act": partial(MinMax, 4, symmetric=False), "outliers": OutlierChannels(channels=1)},
+    # Codes that low-rank factors leave in the columns, and a grid that does not hold the zeros of their inputs.
+    "outliers, moved": {"weight": partial(LRQAT, 4, rank=2), "act": partial(LSQPlus, 8), "outliers": OutlierChannels(channels=2)},
 }  # fmt: skip
 INEXACT: dict[str, tuple[dict[str, Any], str]] = {
     "raana": ({**PLAIN, "weight": partial(RaanA, 4)}, "RaanA has no grid per tensor or output channel"),
@@ -55,7 +59,10 @@ def built(slots: dict[str, Any], rotated: bool = False) -> nn.Module:
     if rotated:
         visual = Rotation(seed=3)(visual)
     given = dict(slots)
+    outliers = given.pop("outliers", None)
     model = quantize(visual, given.pop("weight"), given.pop("act"), **given)
+    if outliers is not None:
+        outliers(model, [made(16)])
     calibrate(model, [made(16)])
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -22,9 +23,10 @@ from qatlab.deploy.formats import onnx as onnx_format
 from qatlab.deploy.formats import openvino as openvino_format
 from qatlab.deploy.integer import Classifier, integer_copy, integer_layers
 from qatlab.deploy.parity import LIMIT, Part, compare_layers
+from qatlab.quant import quant_layers
 
-QUICK = ("absmax", "zero point", "lsq")
-METHODS = ["absmax", "zero point", "lsq", "lsq_plus", "lr_qat", "four bits", "rotation"]
+QUICK = ("absmax", "zero point", "lsq", "outliers")
+METHODS = ["absmax", "zero point", "lsq", "lsq_plus", "lr_qat", "four bits", "rotation", "outliers", "outliers, moved"]
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
 
 
@@ -74,6 +76,38 @@ def test_layer_by_layer_they_are_the_simulation(name: str, tmp_path: Path) -> No
         found = compare_layers(simulated, made(16), part)
         assert [layer.layer for layer in found] == list(integer_layers(integer))
         assert all(layer.integer and layer.product_error <= 1e-6 and layer.mismatch <= 1e-3 for layer in found)
+
+
+def test_outlier_channels_are_floats_beside_the_integer_product(tmp_path: Path) -> None:
+    simulated, integer, path = exported("outliers", tmp_path)
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    for name, layer in quant_layers(simulated).items():
+        if "mlp" in name:
+            # Runtimes see no code of these columns, so that their inputs may be cut off.
+            assert not weights[f"{name}.codes"][:, layer.outliers.channels].any()
+    models = onnx_format.LayerModels(path, integer)
+    for part in (models.part, partial(openvino_format.part, models)):
+        found = compare_layers(simulated, made(4), part)
+        assert {layer.layer: layer.outlier_channels for layer in found} == {
+            name: 2 if "mlp" in name else 0 for name in integer_layers(integer)
+        }
+        assert all(layer.passed for layer in found)
+
+
+def test_a_layer_in_floats_beside_outlier_channels_is_found(tmp_path: Path) -> None:
+    """The side product is no layer, but a layer whose rounding is gone counts as one that is not in integers."""
+    _, integer, _ = exported("outliers", tmp_path)
+    integer = copy.deepcopy(integer)
+    for layer in integer_layers(integer).values():
+        layer.forward = partial(_in_floats, layer)
+    path = onnx_format.write(integer, tmp_path, 16)
+    served = openvino_format.OpenVinoModel(openvino_format.write(path, tmp_path), 1)
+    assert served.integer_products() == (9, 0)  # and the projection to the features
+
+
+def _in_floats(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    y = layer.shell.compute(x, layer.codes.float() * layer.scales.reshape(-1, 1))
+    return y if layer.outliers is None else y + layer.outliers(x)
 
 
 def test_a_layer_that_computes_something_else_is_found(tmp_path: Path) -> None:
