@@ -436,6 +436,22 @@ def test_a_run_with_rules_goes_on(command: Struck, small_fit: Fit, tmp_path: Pat
     assert "training on from step=3.ckpt" in capsys.readouterr().out
 
 
+def test_a_run_with_outlier_channels_goes_on_with_the_same_bits(
+    command: Struck, small_fit: Fit, tmp_path: Path, capsys: Any
+) -> None:
+    """How many channels a layer keeps is in the files alone: some keep several here, and others none."""
+    options = [*LOOPED, "quant/rewrite=outlier_channels", "quant.outliers.budget=0.1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    broken.mkdir()
+    assert command(broken, f"{int(signal.SIGKILL)},train,3,0", *options).returncode == -signal.SIGKILL
+    run = small_fit(RECIPE, broken, *options)
+    assert "training on from step=3.ckpt" in capsys.readouterr().out
+    other = small_fit(RECIPE, whole, *options)
+    assert weights(run.folder) == weights(other.folder)
+    kept = pl.read_csv(run.folder / "layers.csv")["outlier_channels"]
+    assert 0 < (kept > 0).sum() < len(kept)
+
+
 def test_what_was_left_out_is_counted_over_stops(small: Options, tmp_path: Path, monkeypatch: Any) -> None:
     from qatlab.core.signals import Stopped
 

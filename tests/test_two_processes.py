@@ -94,6 +94,19 @@ def test_two_processes_train_one_run_whoever_starts_them(
     assert (folder / "model.safetensors").exists()
 
 
+def test_two_processes_train_the_columns_of_outlier_channels(command: Command, small_options: list[str]) -> None:
+    """Layers that keep no channel have nothing to train beside their weight, for whose gradient the processes would wait."""
+    options = [*small_options, "fit.steps=2", "fit.batch_size=8", "fit.unique_samples=16"]
+    rewrite = ["quant/rewrite=outlier_channels", "quant.outliers.budget=0.1"]
+    folder, said = command("fit", 2, "recipe=light_qat_lsq", *options, *rewrite)
+    assert (folder / "model.safetensors").exists()
+    assert said.count("keep input channels in full precision") == 1
+    one, _ = command("fit", 1, "recipe=light_qat_lsq", *options, *rewrite)
+    kept = [pl.read_csv(each / "layers.csv")["outlier_channels"].to_list() for each in (one, folder)]
+    assert kept[0] == kept[1]
+    assert 0 < sum(count > 0 for count in kept[0]) < len(kept[0])
+
+
 def test_two_processes_score_a_finished_run_on_more_images(
     command: Command, small_options: list[str], small_fit: Callable[..., Run], tmp_path: Path
 ) -> None:

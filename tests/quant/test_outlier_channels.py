@@ -270,6 +270,15 @@ def test_gradients_are_those_of_the_unfused_layer(plain: Two, inputs: Tensor) ->
     assert float(fused["weight"][:, list(OUTLIERS)].abs().max()) == 0
 
 
+def test_what_learns_is_what_has_channels(plain: Two, inputs: Tensor) -> None:
+    model = made(plain, inputs, channels=2, layers="first")
+    OutlierChannels(channels=2).prepare(model)
+    assert not model.first.outliers.weight.requires_grad  # processes would wait for the gradient of what is not used
+    model.load_state_dict({**model.state_dict(), **made(plain, inputs, channels=2).state_dict()})
+    assert model.first.outliers.weight.requires_grad
+    assert model.second.outliers.weight.shape == (8, 2)
+
+
 def test_a_frozen_layer_keeps_frozen_columns(plain: Two, inputs: Tensor) -> None:
     model = made(plain, inputs, adapter=partial(LoRA, rank=2))
     assert not model.first.outliers.weight.requires_grad

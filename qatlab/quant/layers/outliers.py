@@ -15,16 +15,16 @@ class OutlierProduct(nn.Module):
     ``channels`` (k,) int64 are the places of the channels, ``weight`` (out, k) their columns of the layer's weight, which
     has zeros there (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, with channels that are chosen once). Without
     channels nothing is added. Of a state dict both are taken as they are, whatever their number; channels that are out of
-    range or named twice are refused.
+    range or named twice are refused. ``trained`` says whether the columns learn, as the layer's weight does.
     """
 
     channels: Tensor
 
-    def __init__(self, inputs: int, channels: Tensor, weight: Tensor, requires_grad: bool = True) -> None:
+    def __init__(self, inputs: int, channels: Tensor, weight: Tensor, trained: bool) -> None:
         super().__init__()
-        self.inputs = inputs
+        self.inputs, self.trained = inputs, trained
         self.register_buffer("channels", channels)
-        self.weight = nn.Parameter(weight, requires_grad=requires_grad)
+        self._put(weight)
 
     def __len__(self) -> int:
         return len(self.channels)
@@ -51,9 +51,13 @@ class OutlierProduct(nn.Module):
             # The number of channels is found on images, so that the module of the options alone has none.
             self.channels = self.channels.new_empty(found.shape)
             if self.weight.shape[1] != len(found):
-                empty = self.weight.detach().new_empty(len(self.weight), len(found))
-                self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
+                self._put(self.weight.detach().new_empty(len(self.weight), len(found)))
         super()._load_from_state_dict(state, prefix, *rest)
+
+    def _put(self, weight: Tensor) -> None:
+        """Make ``weight`` (out, k) the columns."""
+        # Without channels the forward does not run, and several processes wait for the gradient of all that is trained.
+        self.weight = nn.Parameter(weight, requires_grad=self.trained and weight.shape[1] > 0)
 
 
 def no_outliers(inputs: int, weight: Tensor) -> OutlierProduct:
