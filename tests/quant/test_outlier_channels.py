@@ -36,7 +36,8 @@ from qatlab.quant import (
 from qatlab.quant.inspect.coverage import coverage
 from qatlab.quant.inspect.kept import kept_channels, told
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
-from qatlab.quant.rewrites.outlier_channels import OPENING, within_budget
+from qatlab.quant.rewrites.inputs import LayerInputs
+from qatlab.quant.rewrites.outlier_channels import OPENING, _measured, within_budget
 
 OUTLIERS = (3, 11)  # the channels that are a hundred times as large as others
 W8, A8 = partial(MinMax, 8, per_channel=True), partial(MinMax, 8)
@@ -139,6 +140,24 @@ def test_a_budget_is_spent_where_it_gains_most() -> None:
     assert within_budget(errors, products, OPENING + 2) == {"a": 2, "b": 0}
     assert within_budget(errors, products, 2 * OPENING + 3) == {"a": 2, "b": 1}
     assert within_budget(errors, {"a": 9.0, "b": 1.0}, 2 * OPENING) == {"a": 0, "b": 1}
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+@torch.no_grad()
+def test_the_error_of_a_choice_is_its_formula(plain: Two, inputs: Tensor, count: int) -> None:
+    layer = quantize(copy.deepcopy(plain), W8, A8).first
+    seen = LayerInputs(sampled=True)  # all 40 tokens
+    seen.update(inputs)
+    found = _measured(layer, seen, len(inputs))
+    x, weight = inputs.double().reshape(-1, 16), plain.first.weight.double()
+    largest = x.abs().amax(0).argsort(descending=True)[:count]
+    rest = x.clone()
+    rest[:, largest] = 0
+    step = rest.abs().max() / 127
+    error = (torch.round(rest / step).clamp(-128, 127) * step - rest) @ weight.T
+    expected = (error.square().sum(1) / (x @ weight.T).square().sum(1)).mean()
+    assert found.errors[count] == pytest.approx(float(expected), rel=1e-3)
+    assert found.products == 12 * 5  # outputs times tokens of an image
 
 
 def exhaustive(errors: dict[str, dict[int, float]], products: dict[str, float], budget: float) -> float:
