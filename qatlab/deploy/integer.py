@@ -14,6 +14,7 @@ from qatlab.quant.layers.outliers import OutlierProduct
 from qatlab.quant.layers.walk import quant_layers
 from qatlab.quant.quantizers.base import Quantizer
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.floating import FloatingPoint
 from qatlab.quant.quantizers.lsq_plus import LSQPlus
 
 _OPS = torch.ops.quantized_decomposed
@@ -142,6 +143,9 @@ def _static(layer: QuantLayer, name: str) -> tuple[Quantizer, Quantizer]:
             raise _inexact(name, f"its {said} is not quantized")
     assert weight is not None
     assert act is not None
+    for said, quantizer in (("weight", weight), ("input", act)):
+        if isinstance(quantizer, FloatingPoint):
+            raise _inexact(name, f"{type(quantizer).__name__} rounds its {said} to floating-point numbers")
     # LoRA's path runs beside the product in full precision, and cannot be merged into integers exactly.
     if layer.adapter is not None:
         raise _inexact(name, f"{type(layer.adapter).__name__} beside it reads the full-precision input")

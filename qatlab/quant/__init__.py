@@ -13,7 +13,9 @@ from qatlab.quant.layers.merge import merge
 from qatlab.quant.layers.walk import full_precision, quant_layers
 from qatlab.quant.ptq.calibrate import calibrate
 from qatlab.quant.quantizers.base import Quantizer
+from qatlab.quant.quantizers.blocks import MX, NVFP4
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.fp8 import FP8
 from qatlab.quant.quantizers.gptq import GPTQ
 from qatlab.quant.quantizers.hadamard import RandomHadamard, walsh_hadamard
 from qatlab.quant.quantizers.lr_qat import LRQAT
@@ -26,9 +28,12 @@ from qatlab.quant.rewrites.rotation import Rotation
 from qatlab.quant.rewrites.smoothquant import SmoothQuant
 
 __all__ = [
+    "FP8",
     "GPTQ",
     "LRQAT",
     "LSQ",
+    "MX",
+    "NVFP4",
     "DynamicMinMax",
     "LSQPlus",
     "LoRA",

@@ -47,7 +47,9 @@ OPTIONS: dict[str, Make] = {
         for name in ("ema", "percentile", "mse")
     },
 }
-MAKES: dict[str, Make] = {**{kind.__name__: kind for kind in all_quantizers()}, **OPTIONS}
+# Floating-point formats have no bits to choose: test_formats.py has them.
+KINDS = [kind for kind in all_quantizers() if "bits" in inspect.signature(kind).parameters]
+MAKES: dict[str, Make] = {**{kind.__name__: kind for kind in KINDS}, **OPTIONS}
 # Those that round each value by itself, on a grid of scale and zero point; the others say so by a forward of their own.
 ELEMENTWISE = {name: make for name, make in MAKES.items() if getattr(make, "func", make).forward is Quantizer.forward}
 

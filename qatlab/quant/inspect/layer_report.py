@@ -70,13 +70,13 @@ def _layer_row(
         "in_features": layer.in_features,
         "out_features": layer.out_features,
         "weight_bits": weight.bits if weight else None,
-        "weight_scale": float(weight.scale.mean()) if weight else None,
+        "weight_scale": float(weight.grid(layer.weight)[0].mean()) if weight else None,
         "weight_sqnr_db": _sqnr_db(layer.weight, quantized_weight) if weight else None,
         "act_bits": act.bits if act else None,
         "act_scale": float(act.grid(layer.tokens(x))[0].mean()) if act else None,
         "act_absmax": float(x.abs().max()),
         "act_sqnr_db": _sqnr_db(x, quantized_x) if act else None,
-        "act_clipped": _clipped(act, layer.tokens(x)) if act else None,
+        "act_clipped": float(act.beyond(layer.tokens(x)).double().mean()) if act else None,
         "output_sqnr_db": _sqnr_db(output, layer.compute(quantized_x, quantized_weight) + kept),
         "outlier_channels": len(layer.outliers) if layer.outliers else 0,
     }
@@ -87,11 +87,3 @@ def _sqnr_db(signal: Tensor, quantized: Tensor) -> float:
     signal = signal.double()
     noise = (signal - quantized.double()).square().sum()
     return float(10 * torch.log10(signal.square().sum() / noise)) if noise > 0 else float("inf")
-
-
-def _clipped(act: Quantizer, x: Tensor) -> float:
-    """Return the fraction of x that lies more than half a step beyond the ends of its grid."""
-    scale, zero_point = act.grid(x)
-    # ``act.codes`` are clipped and cannot be used, because values beyond the ends of the grid are counted here.
-    code = (x / scale + zero_point).round_()
-    return float(((code < act.qmin) | (code > act.qmax)).double().mean())

@@ -62,7 +62,8 @@ def quantize(
     """Return ``model`` with every linear layer and convolution, attention projections included, swapped for a quantized one.
 
     ``weight`` and ``act`` make one quantizer per layer, as ``weight(channels=out_features, batched=False)``, with
-    ``width=``, the weights per output channel, where it takes that, and ``act(channels=in_features, batched=True)``;
+    ``width=``, the weights per output channel, and ``inputs=``, their input channels, where it takes those, and
+    ``act(channels=in_features, batched=True)``;
     None leaves weights or activations in full precision. ``adapter`` makes the trained term of every linear layer, as
     ``adapter(in_features=..., out_features=...)``. With it, and with a weight quantizer that holds one (LRQAT), the
     model is frozen (``freeze_base``). ``rules`` maps fnmatch patterns of layer names to None (skip the layer) or to
@@ -144,25 +145,30 @@ def _quantized(
     outputs = layer.weight.shape[0]
     # In a convolution of several groups the weight has only the channels of one group.
     inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-    # The width is given only where the signature has it, because most factories have no use for it.
-    takes_width = chosen.weight is not None and "width" in inspect.signature(chosen.weight).parameters
-    width = {"width": layer.weight[0].numel()} if takes_width else {}
+    # The sizes of a row are given only where the signature has them, because most factories have no use for them.
+    sizes = {"width": layer.weight[0].numel(), "inputs": layer.weight.shape[1]}
+    takes = () if chosen.weight is None else inspect.signature(chosen.weight).parameters
+    sizes = {size: count for size, count in sizes.items() if size in takes}
     return kind(
         layer,
-        _built("weight", chosen.weight, channels=outputs, batched=False, **width),
-        _built("act", chosen.act, channels=inputs, batched=True),
+        _built(name, "weight", chosen.weight, channels=outputs, batched=False, **sizes),
+        _built(name, "act", chosen.act, channels=inputs, batched=True),
         _built(
-            "adapter", chosen.adapter if kind is not QuantConv2d else None, in_features=inputs, out_features=outputs
+            name,
+            "adapter",
+            chosen.adapter if kind is not QuantConv2d else None,
+            in_features=inputs,
+            out_features=outputs,
         ),
     )
 
 
-def _built(slot: str, factory: Callable[..., Any] | None, **where: Any) -> Any:
-    """Return what a slot's factory makes, or None without a factory; a UserError gets the slot's name in front."""
+def _built(name: str, slot: str, factory: Callable[..., Any] | None, **where: Any) -> Any:
+    """Return what a slot's factory makes, or None without one; a UserError gets the slot and the layer's ``name`` in front."""
     try:
         return None if factory is None else factory(**where)
     except UserError as error:
-        raise UserError(f"quant.{slot}: {error}") from error
+        raise UserError(f"quant.{slot} of {name}: {error}") from error
 
 
 def _sites(module: nn.Module, prefix: str, patch_conv: bool) -> Iterator[_Site]:

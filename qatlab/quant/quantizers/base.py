@@ -85,6 +85,13 @@ class Quantizer(nn.Module):
         """
         return self.scale, self.zero_point
 
+    def beyond(self, x: Tensor) -> Tensor:
+        """Return which of activations x, (..., channels), lie more than half a step beyond the ends of their grid, bool."""
+        scale, zero_point = self.grid(x)
+        # The result of ``codes`` is clipped and cannot be used, because values beyond the ends are looked for.
+        code = (x / scale + zero_point).round_()
+        return (code < self.qmin) | (code > self.qmax)
+
     def store_scale(self, scale: Tensor) -> None:
         """Store ``scale``, positive and of the final shape, () or (channels, 1)."""
         raise NotImplementedError
