@@ -10,6 +10,8 @@ from qatlab.reports.titles import bits
 from qatlab.results.rowfile import Row
 from qatlab.results.stages import QUANTIZED
 
+# Methods whose bits are those of a format; a command that sets other bits would show another method.
+_FIXED_BITS = ("=FP8(", "=MX(", "=NVFP4")
 # The second command of README. At four bits the embedded model loses accuracy, and training can win some of it back.
 RECOVERS = (
     "python -m qatlab.fit recipe=light_qat_distill quant.weight.bits=4 quant.act.bits=4 objective.contrastive=0 "
@@ -21,13 +23,15 @@ PICTURE = "reliability.png shows it side by side, curves.png step by step"
 def next_line(rows: Sequence[Row]) -> str | None:
     """Return the closing line of a run with these rows, None where there is no next command to propose.
 
-    A next command is known only for the embedded model on its embedded data, with rows that were compared with FP32.
+    A next command is known only for the embedded model on its embedded data, with bits that can be chosen and rows that
+    were compared with FP32.
     """
     row = last_row(rows)
     if (
         row is None
         or row.get("model") != "tiny"
         or row.get("data") != "embedded"
+        or any(format in row.get("method", "") for format in _FIXED_BITS)
         or not (found := verdicts(row, adjusted(rows)))
     ):
         return None

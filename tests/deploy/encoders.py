@@ -10,7 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.deploy.cpu import lacks_vnni
-from qatlab.quant import GPTQ, LSQ, LoRA, LSQPlus, MinMax, OutlierChannels, RaanA, Rotation, calibrate, quantize
+from qatlab.quant import (
+    FP8,
+    GPTQ,
+    LSQ,
+    MX,
+    NVFP4,
+    LoRA,
+    LSQPlus,
+    MinMax,
+    OutlierChannels,
+    RaanA,
+    Rotation,
+    calibrate,
+    quantize,
+)
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
 from qatlab.quant.quantizers.lr_qat import LRQAT
 
@@ -40,6 +54,10 @@ INEXACT: dict[str, tuple[dict[str, Any], str]] = {
     "groups": ({**PLAIN, "weight": partial(MinMax, 4, group_size=8)}, "MinMax has no grid per tensor or output channel"),
     "per token": ({**PLAIN, "act": partial(DynamicMinMax, 8)}, "DynamicMinMax rounds its input with a scale for each"),
     "per channel": ({**PLAIN, "act": partial(MinMax, 8, per_channel=True)}, "MinMax rounds its input with a scale for each"),
+    "fp8 weights": ({**PLAIN, "weight": partial(FP8, "e4m3")}, "FP8 rounds its weight to floating-point numbers"),
+    "fp8 inputs": ({**PLAIN, "act": partial(FP8, "e5m2")}, "FP8 rounds its input to floating-point numbers"),
+    "mx": ({**PLAIN, "weight": partial(MX, "e2m1"), "act": partial(MX, "e2m1")}, "MX rounds its weight to floating-point"),
+    "nvfp4": ({**PLAIN, "act": NVFP4}, "NVFP4 rounds its input to floating-point numbers"),
     "weights": ({**PLAIN, "act": None}, "its input is not quantized"),
     "inputs": ({**PLAIN, "weight": None}, "its weight is not quantized"),
     "lora": ({**PLAIN, "adapter": partial(LoRA, rank=2)}, "LoRA beside it reads the full-precision input"),

@@ -109,6 +109,14 @@ def test_what_a_run_leaves_gives_its_outputs_bit_for_bit(left: Callable[..., Lef
     assert torch.equal(outputs(run.folder, images), run.outputs["model"])
 
 
+@pytest.mark.parametrize("name", [name for name in recipe_files("quant/act") if name in recipe_files("quant/weight")])
+def test_every_quantizer_of_weights_and_activations_comes_back(left: Callable[..., Left], name: str) -> None:
+    images, _ = looked_at()
+    run = left("ptq", f"quant/weight={name}", f"quant/act={name}", "fit.steps=0")
+    assert set(run.outputs) == {"quantized"}
+    assert torch.equal(outputs(run.folder, images), run.outputs["quantized"])
+
+
 def test_the_planned_bits_come_back(left: Callable[..., Left]) -> None:
     folder = left("mixed_precision").folder
     rows = pl.read_csv(folder / "layers.csv").iter_rows(named=True)
@@ -170,6 +178,13 @@ def test_what_cannot_be_loaded_is_told_in_a_sentence(left: Callable[..., Left], 
         ("ptq", ["quant/act=minmax_asym"], "weight=MinMax(per_channel) act=MinMax(symmetric=False)"),
         ("ptq", ["quant/act=per_token", "quant.act.bits=6"], "weight=MinMax(per_channel) act=DynamicMinMax"),
         ("ptq", ["quant/weight=gptq", "quant.weight.alpha=0.25"], "weight=GPTQ(alpha=0.25) act=MinMax"),
+        ("ptq", ["quant/weight=fp8_e4m3", "quant/act=nvfp4"], "weight=FP8(format=e4m3) act=NVFP4"),
+        ("ptq", ["quant/weight=mxfp6_e2m3", "quant/act=null"], "weight=MX(format=e2m3)"),
+        (
+            "ptq",
+            ["quant/act=mxfp4", "quant.act.scaling=rceil"],
+            "weight=MinMax(per_channel) act=MX(format=e2m1, scaling=rceil)",
+        ),
         ("weight_only", [], "weight=MinMax(per_channel, observer=mse)"),
         ("light_qat_lsq", [], "weight=LSQ act=LSQ"),
         ("lsq_plus", [], "weight=LSQ(per_channel) act=LSQPlus"),

@@ -196,7 +196,7 @@ def test_the_width_is_told_to_a_weight_quantizer_that_takes_it(visual: nn.Module
         ({"*.c_fc": {"adapter": {"rank": 2}}}, None, r"adapter sets options.*quant\.adapter is null"),
         ({"*.c_fc": {"adapter": {"rnk": 2}}}, LoRA, r"adapter has the option 'rnk'.*did you mean 'rank'"),
         ({"*.c_fc": {"adaptor": None}}, LoRA, "did you mean 'adapter'"),
-        ({}, partial(LoRA, rank=64), r"quant\.adapter: rank=64"),
+        ({}, partial(LoRA, rank=64), r"quant\.adapter of transformer\.resblocks\.0\.attn\.in_proj: rank=64"),
     ],
     ids=str,
 )

@@ -6,11 +6,14 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
@@ -22,10 +25,17 @@ from torchao.quantization.quant_primitives import (
     _quantize_affine_float8,
 )
 
+from qatlab.config import ModelConfig, compose
+from qatlab.config.blocks import check_blocks
 from qatlab.core.errors import UserError
+from qatlab.data.embedded.sets import EmbeddedSet
+from qatlab.models import clip as clips
+from qatlab.models.quantized import fitted_copy
 from qatlab.quant import FP8, MX, NVFP4, MinMax, Quantizer, calibrate, layer_report, quant_layers, quantize, verify
 from qatlab.quant.layers.trainable import prepare_training
 from qatlab.quant.quantizers.number_formats import FORMATS, power_of_two
+from qatlab.results.run import Run
+from qatlab.training.student import Student
 
 PEERS = {
     "e4m3": ml_dtypes.float8_e4m3fn,
@@ -350,3 +360,58 @@ def test_wrong_options_are_named() -> None:
         FP8("e2m1", channels=4, batched=True)
     with pytest.raises(UserError, match="scaling"):
         MX("e2m1", channels=32, batched=True, scaling="even")
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "mxfp6_e2m3", "nvfp4"])
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(
+    small_fit: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    options = [f"quant/weight={name}", f"quant/act={name}", "fit.steps=3", "fit.checkpoint_every=1", "fit.eval_every=0"]
+    whole = small_fit("light_qat", tmp_path / "whole", *options)
+    step = Student.training_step
+
+    def failing(self: Student, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 2:
+            raise RuntimeError("the power is gone")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "training_step", failing)
+        with pytest.raises(RuntimeError, match="power"):
+            small_fit("light_qat", tmp_path / "stopped", *options)
+    resumed = small_fit("light_qat", tmp_path / "stopped", *options)
+    assert resumed.rows() == whole.rows()
+    files = [load_file(run.folder / "model.safetensors") for run in (whole, resumed)]
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0] | files[1])
+    before = load_file(whole.folder / "quantized.safetensors")
+    assert any(not torch.equal(before[key], files[0][key]) for key in before)
+    bits = {"fp8_e4m3": 8, "mxfp6_e2m3": 6, "nvfp4": 4}[name]
+    assert {(row["weight_bits"], row["act_bits"]) for row in whole.rows() if row["stage"] == "adapted"} == {
+        (bits, bits)
+    }
+
+
+@pytest.mark.parametrize("name", ["fp8_e5m2", "mxfp4", "nvfp4"])
+def test_smoothquant_searches_with_a_format(name: str) -> None:
+    clip = clips.load(ModelConfig())
+    config = compose("recipe=smoothquant", f"quant/weight={name}", f"quant/act={name}").quant
+    images = clip.preprocess.normalize(torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)]))
+    model, _ = fitted_copy(clip.visual, config, lambda: [images])
+    assert float(torch.cosine_similarity(model(images), clip.visual(images)).detach().min()) > 0.8
+
+
+def test_a_plan_has_no_bits_to_choose() -> None:
+    clip = clips.load(ModelConfig())
+    config = compose("recipe=mixed_precision", "quant/weight=mxfp4").quant
+    with pytest.raises(
+        UserError, match=r"those of MX, the quant\.weight of .*, are fixed: choose another quant/weight"
+    ):
+        fitted_copy(clip.visual, config, lambda: [torch.zeros(2, 3, clip.preprocess.size, clip.preprocess.size)])
+
+
+def test_a_format_has_no_option_bits() -> None:
+    with pytest.raises(UserError, match=r"quant\.weight\.bits"):
+        check_blocks(compose("recipe=ptq", "quant/weight=mxfp4", "+quant.weight.bits=4"))

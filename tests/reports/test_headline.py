@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from qatlab.config import compose
 from qatlab.evaluation.evaluation import row
 from qatlab.metrics.paired import Difference
 from qatlab.metrics.resampling import Interval
+from qatlab.models.quantized import method
 from qatlab.reports.difference import signed, verdict
 from qatlab.reports.headline import headlines
 from qatlab.reports.next_step import RECOVERS, next_line
@@ -124,3 +126,10 @@ def test_the_embedded_models_last_line_names_what_has_something_to_win() -> None
     assert next_line(rows(LOST, SMALLER, "adapted")) is None
     assert next_line(rows()) is None
     assert next_line([r | {"model": "ViT-B-32"} for r in rows(UNCLEAR, SMALLER)]) is None
+
+
+@pytest.mark.parametrize("slot", ["weight", "act"])
+@pytest.mark.parametrize("name", ["fp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp4", "nvfp4"])
+def test_a_format_whose_bits_are_fixed_is_not_told_to_choose_others(name: str, slot: str) -> None:
+    named = method(compose("recipe=ptq", f"quant/{slot}={name}").quant)
+    assert next_line([row | {"method": named} for row in rows(LOST, SMALLER)]) is None

@@ -16,6 +16,7 @@ from qatlab.quant.bits.sensitivity import gradient_sensitivities, measured_sensi
 from qatlab.quant.layers.linear import QuantLayer
 from qatlab.quant.layers.walk import quant_layers
 from qatlab.quant.ptq.calibrate import fit_weights
+from qatlab.quant.quantizers.floating import FloatingPoint
 
 Rules = Mapping[str, Any]
 # make(rules, **slots of QuantConfig to replace) returns a new quantized copy of the model, not calibrated.
@@ -82,6 +83,8 @@ class MixedPrecision:
             raise UserError(
                 "quant.plan has no layer to choose bits for: give quant/weight=, and leave layers out of the rules."
             )
+        for name in names:
+            _require_choice(name, quant_layers(base)[name])
         sizes = {name: quant_layers(base)[name].weight.numel() for name in names}
         average = self._average(sum(sizes.values()))
         if self.sensitivity == "gradient":
@@ -137,6 +140,16 @@ class MixedPrecision:
 def _is_named(layer: str, rules: Rules) -> bool:
     """Return whether a pattern of the user's rules matches ``layer``."""
     return any(fnmatchcase(layer, pattern) for pattern in rules)
+
+
+def _require_choice(name: str, layer: QuantLayer) -> None:
+    """Raise UserError where the bits of the layer's weight are those of its format."""
+    quantizer = layer.weight_quantizer
+    if isinstance(quantizer, FloatingPoint):
+        raise UserError(
+            f"quant.plan chooses bits, and those of {type(quantizer).__name__}, the quant.weight of {name}, are fixed: "
+            "choose another quant/weight=, such as mse, or set quant.plan=null."
+        )
 
 
 def _of_weights(rules: Rules) -> Rules:
