@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qatlab.quant import GPTQ, LSQ, DynamicMinMax, LSQPlus, MinMax, calibrate, quant_layers, quantize
+from qatlab.quant import FP8, GPTQ, LSQ, MX, NVFP4, DynamicMinMax, LSQPlus, MinMax, calibrate, quant_layers, quantize
 from qatlab.quant.bits.allocate import bit_rules
 from qatlab.quant.bits.sensitivity import gradient_sensitivities
 from qatlab.quant.layers.lora import LoRA
@@ -75,6 +75,17 @@ def weights(weight: Any, **options: Any) -> Make:
 W8, A8 = partial(MinMax, bits=8, per_channel=True), partial(MinMax, bits=8)
 LSQ_W, LSQ_PC, LSQ_A = partial(LSQ, bits=8), partial(LSQ, bits=8, per_channel=True), partial(LSQ, bits=8)
 LR_QAT = partial(LRQAT, bits=8, per_channel=True)
+# Each rounds weights and activations.
+FORMATS = {
+    "fp8_e4m3": partial(FP8, "e4m3"),
+    "fp8_e5m2": partial(FP8, "e5m2"),
+    "mxfp8_e4m3": partial(MX, "e4m3"),
+    "mxfp8_e5m2": partial(MX, "e5m2"),
+    "mxfp6_e2m3": partial(MX, "e2m3"),
+    "mxfp6_e3m2": partial(MX, "e3m2"),
+    "mxfp4": partial(MX, "e2m1"),
+    "nvfp4": NVFP4,
+}
 METHODS = {
     "absmax": Method(observed(), trained=True),
     "ema": Method(observed(observer="ema")),
@@ -93,6 +104,7 @@ METHODS = {
     "gptq_w4": Method(plain(partial(GPTQ, bits=4), A8), 2),
     "raana_w8": Method(weights(RaanA)),
     "raana_w4": Method(plain(partial(RaanA, bits=4), A8)),
+    **{name: Method(plain(make, make), trained=True) for name, make in FORMATS.items()},
     "smooth_0.5": Method(plain(W8, A8, SmoothQuant(0.5)), 2),
     "smooth_search": Method(plain(W8, A8, SmoothQuant("search", W8, A8)), 2),
     "outliers": Method(plain(W8, A8, outliers=OutlierChannels(budget=0.003)), 2),

@@ -179,7 +179,7 @@ def test_what_cannot_be_loaded_is_told_in_a_sentence(left: Callable[..., Left], 
         ("ptq", ["quant/act=per_token", "quant.act.bits=6"], "weight=MinMax(per_channel) act=DynamicMinMax"),
         ("ptq", ["quant/weight=gptq", "quant.weight.alpha=0.25"], "weight=GPTQ(alpha=0.25) act=MinMax"),
         ("ptq", ["quant/weight=fp8_e4m3", "quant/act=nvfp4"], "weight=FP8(format=e4m3) act=NVFP4"),
-        ("ptq", ["quant/weight=mxfp6_e2m3", "quant/act=null"], "weight=MX(format=e2m3)"),
+        ("ptq", ["quant/weight=mxfp6_e2m3", "~quant/act"], "weight=MX(format=e2m3)"),
         (
             "ptq",
             ["quant/act=mxfp4", "quant.act.scaling=rceil"],

@@ -11,7 +11,7 @@ from qatlab.core.domains import OneOf, checked
 from qatlab.core.errors import UserError
 from qatlab.quant.quantizers.base import Statistics
 from qatlab.quant.quantizers.floating import FloatingPoint
-from qatlab.quant.quantizers.number_formats import FORMATS, power_of_two
+from qatlab.quant.quantizers.number_formats import FORMATS, absmax_of, power_of_two
 from qatlab.quant.quantizers.observers import WeightStatistics, require_finite
 
 # The least block scale of NVFP4, the least normal number of E4M3.
@@ -55,12 +55,6 @@ class Blocks(FloatingPoint):
                 f"{type(self).__name__} has a scale for every {self.size} input channels, and the layer has {width}, which "
                 f"is no multiple: leave it as it is with +quant.rules={{<layer>: {{{slot}: null}}}}."
             )
-
-
-def absmax_of(blocks: Tensor) -> Tensor:
-    """Return the largest absolute value of each of ``blocks`` (..., size), (..., 1); NaN where one holds NaN."""
-    # From the two ends, because abs() would copy the blocks.
-    return torch.maximum(-blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True))
 
 
 class MX(Blocks):
@@ -175,4 +169,4 @@ class NVFP4(Blocks):
     def _block_scales(self, rows: Tensor) -> Tensor:
         """Return the scales s (..., blocks, 1), numbers of E4M3, of ``rows`` (..., blocks, 16)."""
         wanted = absmax_of(rows) / self.number.largest / self.step
-        return FORMATS["e4m3"].rounded(wanted.clamp_(min=_LEAST_E4M3))
+        return FORMATS["e4m3"].round_(wanted.clamp_(min=_LEAST_E4M3))

@@ -36,7 +36,7 @@ class FloatingPoint(Quantizer):
         return self.scale
 
     def quotients(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``rows`` over their scales, and the scales, which broadcast over the rows."""
+        """Return ``rows`` over their scales, a new tensor, and the scales, which broadcast over the rows."""
         scale = self.scales(rows)
         return rows / scale, scale
 
@@ -72,7 +72,7 @@ class FloatingPoint(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return what ``forward`` returns for x, without a gradient."""
         quotient, scale = self.quotients(self._rows(widened(x)))
-        return self._like(self.number.rounded(quotient).mul_(scale), x).to(x.dtype)
+        return self._like(self.number.round_(quotient).mul_(scale), x).to(x.dtype)
 
     def passes(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient to x, given that of the twin, ``grad``, in the shape of x."""

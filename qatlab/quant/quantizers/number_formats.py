@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# For each dtype that is rounded, the integers of its width and the bits of them that hold the exponent.
-_EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
+# For each dtype that is rounded, the integers of its width, the bits of them that hold the exponent, and all but the sign.
+_BITS = {
+    torch.float32: (torch.int32, 0x7F800000, 0x7FFFFFFF),
+    torch.float64: (torch.int64, 0x7FF0000000000000, 0x7FFFFFFFFFFFFFFF),
+}
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,17 @@ class NumberFormat:
 
         Ties go to the even mantissa, what is beyond ``largest`` becomes ``largest`` with its sign, and NaN stays NaN.
         """
-        x = x.clamp(-self.largest, self.largest)
-        integers, mask = _EXPONENT[x.dtype]
+        return self.round_(x.clone())
+
+    def round_(self, x: Tensor) -> Tensor:
+        """Round x in place as ``rounded`` does, and return it."""
+        x.clamp_(-self.largest, self.largest)
+        integers, mask, _ = _BITS[x.dtype]
         # The bits of the exponent alone are the greatest power of two that |x| reaches.
         power = (x.view(integers) & mask).view(x.dtype)
         step = power.clamp_(min=2.0 ** (2 - 2 ** (self.exponent - 1))).mul_(2.0**-self.mantissa)
         # Powers of two divide without an error, so that the only rounding is that to whole steps.
-        return torch.div(x, step).round_().mul_(step)
+        return x.div_(step).round_().mul_(step)
 
 
 FORMATS = {
@@ -70,3 +77,10 @@ def power_of_two(x: Tensor, up: bool = False, lower: int = 0) -> Tensor:
     exponent = exponent - (fraction == 0.5).to(exponent.dtype) if up else exponent - 1
     exponent = torch.where(x > 0, exponent - lower, -127).clamp_(-127, 127)
     return torch.where(x.isfinite(), torch.ldexp(torch.ones_like(x), exponent), torch.nan)
+
+
+def absmax_of(blocks: Tensor) -> Tensor:
+    """Return the largest absolute value of each of ``blocks`` (..., n), (..., 1), NaN where one holds NaN."""
+    # Without their signs numbers are ordered like their bits, and integers are compared in half the time on a CPU.
+    integers, _, unsigned = _BITS[blocks.dtype]
+    return (blocks.view(integers) & unsigned).amax(-1, keepdim=True).view(blocks.dtype)
