@@ -10,6 +10,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qatlab.config import Config
 from qatlab.results.identity import run_id
@@ -105,6 +107,20 @@ def test_two_processes_train_the_columns_of_outlier_channels(command: Command, s
     kept = [pl.read_csv(each / "layers.csv")["outlier_channels"].to_list() for each in (one, folder)]
     assert kept[0] == kept[1]
     assert 0 < sum(count > 0 for count in kept[0]) < len(kept[0])
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "nvfp4"])
+def test_two_processes_round_to_a_format_as_one_does(
+    command: Command, small_options: list[str], small_fit: Callable[..., Run], tmp_path: Path, name: str
+) -> None:
+    options = [f"quant/weight={name}", f"quant/act={name}", "fit.steps=2", "fit.batch_size=8", "fit.unique_samples=16"]
+    folder, _ = command("fit", 2, "recipe=light_qat", *small_options, *options)
+    run = small_fit("light_qat", tmp_path / "one", *options)
+    for file, exact in (("quantized.safetensors", True), ("model.safetensors", False)):
+        one, two = load_file(run.folder / file), load_file(folder / file)
+        for key, expected in one.items():
+            tolerance = 0 if exact or key.endswith(".step") else 1e-4
+            torch.testing.assert_close(two[key], expected, rtol=tolerance, atol=tolerance)
 
 
 def test_two_processes_score_a_finished_run_on_more_images(
