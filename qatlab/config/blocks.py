@@ -18,8 +18,8 @@ from qatlab.core.errors import UserError, nearest
 
 # Arguments that qatlab itself passes when it builds a block: a user need not and cannot set them.
 GIVEN = {
-    "quant.weight": ("channels", "batched", "width"),
-    "quant.act": ("channels", "batched", "width"),
+    "quant.weight": ("channels", "batched", "width", "inputs"),
+    "quant.act": ("channels", "batched", "width", "inputs"),
     "quant.rewrite": ("weight", "act"),
     "quant.adapter": ("in_features", "out_features"),
     "objective.extra": ("student", "scale", "teacher", "captions", "bank", "classes", "labels", "caption_ids"),

@@ -63,9 +63,8 @@ def quantize(
 
     ``weight`` and ``act`` make one quantizer per layer, as ``weight(channels=out_features, batched=False)``, with
     ``width=``, the weights per output channel, and ``inputs=``, their input channels, where it takes those, and
-    ``act(channels=in_features, batched=True)``;
-    None leaves weights or activations in full precision. ``adapter`` makes the trained term of every linear layer, as
-    ``adapter(in_features=..., out_features=...)``. With it, and with a weight quantizer that holds one (LRQAT), the
+    ``act(channels=in_features, batched=True)``; None leaves weights or activations in full precision. ``adapter`` makes
+    the trained term of every linear layer, as ``adapter(in_features=..., out_features=...)``. With it, and with a weight quantizer that holds one (LRQAT), the
     model is frozen (``freeze_base``). ``rules`` maps fnmatch patterns of layer names to None (skip the layer) or to
     {"weight": ..., "act": ..., "adapter": ...}, each None (skip that tensor or term) or options that override the
     factory's, such as {"bits": 4}; the first pattern that matches a layer decides. ``patch_conv`` includes the
