@@ -64,13 +64,13 @@ def quantize(
     ``weight`` and ``act`` make one quantizer per layer, as ``weight(channels=out_features, batched=False)``, with
     ``width=``, the weights per output channel, and ``inputs=``, their input channels, where it takes those, and
     ``act(channels=in_features, batched=True)``; None leaves weights or activations in full precision. ``adapter`` makes
-    the trained term of every linear layer, as ``adapter(in_features=..., out_features=...)``. With it, and with a weight quantizer that holds one (LRQAT), the
-    model is frozen (``freeze_base``). ``rules`` maps fnmatch patterns of layer names to None (skip the layer) or to
-    {"weight": ..., "act": ..., "adapter": ...}, each None (skip that tensor or term) or options that override the
-    factory's, such as {"bits": 4}; the first pattern that matches a layer decides. ``patch_conv`` includes the
-    convolutions that read the image, ``final_proj`` the ``final_projections``. A convolution gets no adapter. The
-    Parameters stay those of the model, except that a projection that is a Parameter becomes ``<name>.weight``,
-    transposed. The scales are NaN until ``calibrate``.
+    the trained term of every linear layer, as ``adapter(in_features=..., out_features=...)``. With it, and with a weight
+    quantizer that holds one (LRQAT), the model is frozen (``freeze_base``). ``rules`` maps fnmatch patterns of layer
+    names to None (skip the layer) or to {"weight": ..., "act": ..., "adapter": ...}, each None (skip that tensor or
+    term) or options that override the factory's, such as {"bits": 4}; the first pattern that matches a layer decides.
+    ``patch_conv`` includes the convolutions that read the image, ``final_proj`` the ``final_projections``. A convolution
+    gets no adapter. The Parameters stay those of the model, except that a projection that is a Parameter becomes
+    ``<name>.weight``, transposed. The scales are NaN until ``calibrate``.
 
     Raises UserError, before anything is changed, for a pattern that matches no layer, an unknown option, a model
     without layers or already quantized, an attention that cannot be replaced, and an adapter that no layer gets.
