@@ -21,7 +21,10 @@ from qatlab.core.errors import UserError
 from qatlab.models.clip import load
 from qatlab.quant import MinMax, calibrate, layer_report, quant_layers, quantize, verify
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
+from qatlab.quant.quantizers.gptq import GPTQ
+from qatlab.quant.quantizers.lr_qat import LRQAT
 from qatlab.quant.quantizers.lsq_plus import LSQPlus
+from qatlab.quant.quantizers.raana import RaanA
 from qatlab.quant.rewrites.inputs import ROWS
 from qatlab.quant.rewrites.smoothquant import SmoothQuant, smoothing_scale
 from qatlab.towers.edges import edges_of
@@ -296,6 +299,52 @@ def test_the_search_takes_any_quantizer(build_visual: Callable, images: torch.Te
     quantize(rewritten, WEIGHT, act)
     calibrate(rewritten, [images])
     assert relative_error(rewritten(images), visual(images)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [partial(MinMax, 4, group_size=4), partial(RaanA, 4), partial(LRQAT, 4, rank=2), partial(GPTQ, 4)],
+    ids=["group", "raana", "lr_qat", "gptq"],
+)
+def test_the_search_takes_any_weight_quantizer(
+    build_visual: Callable, images: torch.Tensor, weight: partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each alpha is the one that loses least of those tried, with the errors of the output computed here."""
+    monkeypatch.setattr("qatlab.quant.rewrites.inputs.ROWS", 10**6)
+    visual = uneven(build_visual())
+    inputs = {name: x.double() for name, x in inputs_of(visual, images).items()}
+    smooth = SmoothQuant({"c_fc": "search"}, weight)
+    rewritten = smooth(copy.deepcopy(visual), [images])
+    assert relative_error(rewritten(images), visual(images)) < 1e-5
+    assert len(smooth.alphas) == 2
+    for name, alpha in smooth.alphas.items():
+        w = visual.get_submodule(name).weight.detach()
+        even, odd = inputs[name][0::2].flatten(0, 1), inputs[name][1::2].flatten(0, 1)
+        errors = {}
+        for k in range(0, 21, 4):
+            s = smoothing_scale(even.abs().amax(0), w, k / 20)
+            twin = calibrated_twin(weight, (w.double() * s).float()).double()
+            errors[k] = float((odd / s @ twin.T - odd @ w.double().T).square().sum())
+        s = smoothing_scale(even.abs().amax(0), w, alpha)
+        twin = calibrated_twin(weight, (w.double() * s).float()).double()
+        assert float((odd / s @ twin.T - odd @ w.double().T).square().sum()) <= min(errors.values()) * (1 + 1e-3)
+
+
+def calibrated_twin(weight: partial, rows: torch.Tensor) -> torch.Tensor:
+    """What the quantizer ``weight`` makes of a layer's ``rows``, as ``quantize`` and ``calibrate`` give it."""
+    layer = nn.Linear(rows.shape[1], rows.shape[0])
+    layer.weight = nn.Parameter(rows.clone())
+    model = quantize(nn.Sequential(layer), weight, None)
+    calibrate(model, [torch.ones(1, rows.shape[1])])
+    quantizer = quant_layers(model)["0"].weight_quantizer
+    with torch.no_grad():
+        # The grid alone counts here: GPTQ's own rounding needs the inputs of all layers before.
+        return quantizer(rows)
+
+
+def test_groups_that_do_not_divide_a_layer_are_told_by_its_name(build_visual: Callable, images: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=r"layer transformer\.resblocks\.0\.mlp\.c_fc: group_size=5 does not divide"):
+        SmoothQuant({"c_fc": "search"}, partial(MinMax, 4, group_size=5))(build_visual(), [images])
 
 
 def test_outliers_outside_the_sample_count(build_visual: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from qatlab.quant.layers.linear import QuantConv2d, QuantLayer, QuantLinear, Qua
 from qatlab.quant.layers.lora import LowRank
 from qatlab.quant.layers.trainable import freeze_base
 from qatlab.quant.layers.walk import quant_layers
-from qatlab.quant.quantizers.base import Quantizer
+from qatlab.quant.quantizers.base import Quantizer, of_weight
 from qatlab.towers import open_clip_text, timm_eva
 from qatlab.towers.registry import final_projections
 from qatlab.towers.structure import Place, is_plain_convolution, joined, reads_image
@@ -144,13 +144,10 @@ def _quantized(
     outputs = layer.weight.shape[0]
     # In a convolution of several groups the weight has only the channels of one group.
     inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-    # The sizes of a row are given only where the signature has them, because most factories have no use for them.
-    sizes = {"width": layer.weight[0].numel(), "inputs": layer.weight.shape[1]}
-    takes = () if chosen.weight is None else inspect.signature(chosen.weight).parameters
-    sizes = {size: count for size, count in sizes.items() if size in takes}
+    weight = None if chosen.weight is None else partial(of_weight, chosen.weight, layer.weight)
     return kind(
         layer,
-        _built(name, "weight", chosen.weight, channels=outputs, batched=False, **sizes),
+        _built(name, "weight", weight),
         _built(name, "act", chosen.act, channels=inputs, batched=True),
         _built(
             name,

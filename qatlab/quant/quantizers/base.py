@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -202,3 +204,16 @@ class Quantizer(nn.Module):
         # The loaded state may be that of a model before calibration, with NaN scales, so the next forward checks again.
         self._ready = False
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def of_weight(factory: Callable[..., Quantizer], weight: Tensor) -> Quantizer:
+    """Return the quantizer that ``factory`` makes for ``weight`` (out, in, ...), not calibrated, on the CPU.
+
+    It is called as ``factory(channels=out, batched=False)``, with ``width=``, the weights per output channel, and
+    ``inputs=``, the input channels of a row, where its signature has them. Raises UserError as the factory does.
+    """
+    # The sizes of a row are given only where the signature has them, because most factories have no use for them.
+    sizes = {"width": weight[0].numel(), "inputs": weight.shape[1]}
+    takes = inspect.signature(factory).parameters
+    given = {size: count for size, count in sizes.items() if size in takes}
+    return factory(channels=len(weight), batched=False, **given)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +16,7 @@ from qatlab.quant.inspect.hooks import on_inputs
 from qatlab.quant.layers.attention import calling
 from qatlab.quant.layers.linear import QuantLayer
 from qatlab.quant.layers.walk import evaluating
-from qatlab.quant.quantizers.base import Quantizer
+from qatlab.quant.quantizers.base import Quantizer, of_weight
 from qatlab.quant.rewrites.inputs import LayerInputs
 from qatlab.towers.conv_edges import convolution_edges
 from qatlab.towers.edges import ChannelScale, Edge, edges_of
@@ -88,7 +89,8 @@ class SmoothQuant:
         for edge, seen in inputs.items():
             weight = torch.cat([reader.weight for reader in edge.readers])
             alpha = self.alpha[edge.group]
-            alphas[edge] = self._search(weight, *seen) if alpha == "search" else alpha
+            with _naming(edge):
+                alphas[edge] = self._search(weight, *seen) if alpha == "search" else alpha
             absmax = torch.stack([part.absmax for part in seen]).amax(0)
             scales[edge] = smoothing_scale(absmax, weight, alphas[edge])
         for edge, scale in scales.items():
@@ -143,7 +145,7 @@ class SmoothQuant:
             observed = torch.cat([for_scales.sample / scale, for_scales.extremes(scale)])
             x = _calibrated(self.act(channels=x.shape[1], batched=True), observed)(x)
         if self.weight is not None:
-            smooth = _calibrated(self.weight(channels=len(smooth), batched=False), smooth)(smooth)
+            smooth = _calibrated(of_weight(self.weight, smooth), smooth)(smooth)
         return float((F.linear(x, _taps(smooth)) - output).square().sum(dtype=torch.float64))
 
 
@@ -205,6 +207,15 @@ def _observe(visual: nn.Module, inputs: dict[Edge, list[LayerInputs]], batches: 
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             name = edge.readers[0].name
             raise UserError(f"layer {name}: its input or weight holds NaN or infinite values; look for broken images.")
+
+
+@contextmanager
+def _naming(edge: Edge) -> Iterator[None]:
+    """Inside this context a UserError begins with the name of the first layer that reads the input of ``edge``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"layer {edge.readers[0].name}: {error}") from error
 
 
 def _calibrated(quantizer: Quantizer, x: Tensor) -> Quantizer:
