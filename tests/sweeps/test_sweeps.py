@@ -37,6 +37,7 @@ def test_the_sweeps_are_those_of_the_figures_and_of_the_weights(composed: dict[s
         "fig3_bits": 18,
         "fig4_steps": 3,
         "fig14_samples": 18,
+        "towers": 18,
         "weight_only_bits": 7,
     }
     for name, path in recipe_files("sweep").items():
@@ -88,6 +89,20 @@ def test_steps_are_seen_by_probes_of_one_run_per_method(composed: dict[str, list
 def test_weights_alone_go_through_every_number_of_bits(composed: dict[str, list[Config]]) -> None:
     assert [config.quant.weight["bits"] for config in composed["weight_only_bits"]] == [8, 7, 6, 5, 4, 3, 2]
     assert all(config.quant.act is None for config in composed["weight_only_bits"])
+
+
+def test_each_tower_gets_every_method(composed: dict[str, list[Config]]) -> None:
+    """A method is (weight, rewrite); all are at W4A8, and a tower is quantized by itself and beside the other."""
+    methods: dict[str, set[tuple[str, str]]] = {}
+    for config in composed["towers"]:
+        quant = config.quant
+        blocks = (quant.weight, quant.rewrite or {"_target_": ".none"})
+        assert (quant.weight["bits"], quant.act["bits"], quant.act["observer"]) == (4, 8, "mse")
+        method = tuple(str(block["_target_"]).rpartition(".")[2] for block in blocks)
+        methods.setdefault(quant.tower, set()).add(method)
+    assert set(methods) == {"visual", "text", "both"}
+    every = {(weight, rewrite) for weight in ("MinMax", "GPTQ") for rewrite in ("none", "SmoothQuant", "Rotation")}
+    assert all(found == every for found in methods.values())
 
 
 def test_samples_end_in_a_stream(composed: dict[str, list[Config]]) -> None:
