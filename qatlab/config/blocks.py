@@ -22,6 +22,7 @@ GIVEN = {
     "quant.act": ("channels", "batched", "width", "inputs"),
     "quant.rewrite": ("weight", "act"),
     "quant.adapter": ("in_features", "out_features"),
+    "quant.attention": ("heads",),
     "objective.extra": ("student", "scale", "teacher", "captions", "bank", "classes", "labels", "caption_ids"),
 }
 WEIGHT = "weight"

@@ -144,7 +144,8 @@ def _unread(block: str, *scores: str) -> Callable[[Config], str]:
 
 
 _STEPS = ("batch_size", "unique_samples", "lr", "schedule", "warmup", "grad_clip", "eval_every", "checkpoint_every")
-_TOWERS = ("tower", "rules", "first", "last", "kernels", "matmul", "partial", "rewrite", "adapter", "plan", "outliers")
+_BESIDE = ("outliers", "attention")
+_TOWERS = ("tower", "rules", "first", "last", "kernels", "matmul", "partial", "rewrite", "adapter", "plan", *_BESIDE)
 _RULES = (
     Rule((*(f"fit.{name}" for name in (*_STEPS, "micro_batch", "teacher_bf16", "profile")), "objective"), _untrained),
     # optim.log_scale is left out: quantizers that learn nothing store their scales by it all the same.

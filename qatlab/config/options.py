@@ -237,6 +237,8 @@ class QuantConfig:
     """Quantize a model most of whose products qatlab leaves in full precision, as those of convolutional towers."""
     outliers: Slot = later(None)
     """Keeps some input channels of linear layers in full precision, a _target_ block; quant/rewrite=outlier_channels."""
+    attention: Slot = later(None)
+    """Quantizers of both products in attention, a _target_ block; choices in quant/attention=."""
 
 
 @dataclass
@@ -430,6 +432,7 @@ class Config:
             {"quant/rewrite": None},
             {"quant/adapter": None},
             {"quant/plan": None},
+            {"quant/attention": None},
             {"recipe": None},
             # Hydra's default logging writes a log file into the working folder at every call.
             {"override hydra/job_logging": "none"},
@@ -492,7 +495,7 @@ def chosen_loggers(logger: Any) -> dict[str, Any]:
     return choices
 
 
-QUANT_SLOTS = ("weight", "act", "rewrite", "adapter", "plan")
+QUANT_SLOTS = ("weight", "act", "rewrite", "adapter", "plan", "attention")
 # Blocks of quant with a group of choices each, and all that there are: ``outliers`` is a choice of the group of rewrites.
 QUANT_BLOCKS = (*QUANT_SLOTS, "outliers")
 
@@ -500,7 +503,8 @@ QUANT_BLOCKS = (*QUANT_SLOTS, "outliers")
 def is_quantized(config: QuantConfig, tower: str = "both") -> bool:
     """Return whether anything of ``tower`` (visual, text, or both for either) is rounded; UserError for an unknown quant.tower."""
     require({"quant.tower": config.tower}, {"quant.tower": hints_of(QuantConfig)["tower"]})
-    # A rewrite or an adapter alone rounds nothing: the encoder stays in full precision.
+    # A rewrite or an adapter alone rounds nothing: the encoder stays in full precision. The products of attention are
+    # rounded only beside layers, by which a run is judged.
     return (config.weight is not None or config.act is not None) and (
         "both" in (tower, config.tower) or tower == config.tower
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qatlab.core.errors import UserError
 from qatlab.quant.layers.linear import QuantConv2d, QuantLayer, RightFactor
 from qatlab.quant.layers.outliers import OutlierProduct
-from qatlab.quant.layers.walk import quant_layers
+from qatlab.quant.layers.walk import attention_products, quant_layers
 from qatlab.quant.quantizers.base import Quantizer
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
 from qatlab.quant.quantizers.floating import FloatingPoint
@@ -119,6 +119,11 @@ def integer_copy(visual: nn.Module) -> nn.Module:
     layers = quant_layers(visual)
     if not layers:
         raise UserError("nothing of this encoder is quantized: there is no integer model to export.")
+    for name in attention_products(visual):
+        raise UserError(
+            f"'{name}' has no exact integer form: quant.attention rounds both operands of its products, which exports "
+            "multiply in floats. Export a run with quant/attention=null."
+        )
     # All layers are checked before the copy is made, because an encoder may have hundreds of megabytes.
     for name, layer in layers.items():
         _static(layer, name)

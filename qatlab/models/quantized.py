@@ -24,12 +24,14 @@ from qatlab.core.files import user_path
 from qatlab.models.clip import require_finite, untrained
 from qatlab.models.text_tower import TextTower, of_image, of_text
 from qatlab.quant import QuantLayer, calibrate, quantize
+from qatlab.quant.layers.walk import attention_products
 from qatlab.towers.batch_norms import fold_batch_norms, has_batch_norms
 from qatlab.towers.registry import final_projections
 from qatlab.towers.structure import is_plain_convolution, reads_image
 
 QUANTIZED, TRAINED, TEXT = "quantized.safetensors", "model.safetensors", "text.safetensors"
 _ENTRY = "qatlab"  # the key in a file's metadata under which stands how the module of its tensors is built
+_OF_LAYERS = ("weight", "act", "adapter", "attention")  # the slots of which each layer or attention gets its own
 _NAMED = 5  # the layers that a line names
 # What a file says in its metadata where convolutions were quantized like linear layers; earlier releases did not say it.
 _CONVOLUTIONS = "convolutions"
@@ -85,7 +87,9 @@ def quantized_copy(visual: nn.Module, config: QuantConfig, folded: bool = True) 
 def check_quantizers(config: QuantConfig) -> None:
     """Raise UserError for options that no quantizer, adapter, rewrite or plan can be made with, before a model is loaded."""
     # Quantizers check some options only when a layer is made with them, so one layer is quantized here for its errors.
-    weight, act, adapter = (_factory(block) for block in (config.weight, config.act, config.adapter))
+    weight, act, adapter, attention = (_factory(getattr(config, slot)) for slot in _OF_LAYERS)
+    if attention is not None:
+        attention(heads=12)
     if is_quantized(config):
         # A multiple of the group size. Whether groups divide the layers of the real model shows once that model is loaded.
         width = 12 * ((config.weight or {}).get("group_size") or 64)
@@ -125,6 +129,23 @@ def left_alone(visual: nn.Module, layers: Iterable[str], config: QuantConfig) ->
     if not left:
         return [what]
     return [f"{what}; it leaves alone {_some(left)}"]
+
+
+def products_left(model: nn.Module) -> list[str]:
+    """Return a line on which attentions of ``model`` have quantized products, in a list that is empty where none has."""
+    products = attention_products(model)
+    if not products:
+        return []
+    done = [name.rpartition(".")[0] for name in products]
+    # Classes of other packages are known as attentions by their names only, the innermost where one holds another.
+    named = [*done, *(name for name, of in model.named_modules() if "ttention" in type(of).__name__)]
+    left = [
+        name
+        for name in named
+        if name not in done and name not in products and not any(other.startswith(f"{name}.") for other in named)
+    ]
+    what = f"QK^T and PV are quantized in {len(done)} of {len(done) + len(left)} attentions"
+    return [f"{what}; in full precision stay those of {_some(left)}" if left else what]
 
 
 def unadapted(layers: Mapping[str, QuantLayer]) -> list[str]:
@@ -177,7 +198,8 @@ def _fitted(model: nn.Module, config: QuantConfig, batches: Callable[[], Iterabl
     if config.plan is not None:
 
         def make(rules: dict[str, Any], **slots: Any) -> nn.Module:
-            return _converted(copy.deepcopy(model), replace(own, rules=rules, **slots))
+            # Bits are planned for weights alone, and the grids of attention are not yet filled.
+            return _converted(copy.deepcopy(model), replace(own, rules=rules, attention=None, **slots))
 
         planned = planner(config)(make, own.rules, batches)
         # As rules: the file of the run then says which bits each layer has, and whoever reads it needs no planner.
@@ -378,8 +400,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 
 def _converted(model: Any, config: QuantConfig) -> Any:
     """Return ``model``, quantized in place by the options ``config`` of its tower."""
-    weight, act, adapter = (_factory(block) for block in (config.weight, config.act, config.adapter))
-    return quantize(model, weight, act, config.rules, config.first, config.last, adapter)
+    weight, act, adapter, attention = (_factory(getattr(config, slot)) for slot in _OF_LAYERS)
+    return quantize(model, weight, act, config.rules, config.first, config.last, adapter, attention)
 
 
 def _blocks(config: QuantConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from qatlab.quant.layers.convert import quantize
 from qatlab.quant.layers.linear import QuantConv2d, QuantLayer, QuantLinear
 from qatlab.quant.layers.lora import LoRA
 from qatlab.quant.layers.merge import merge
+from qatlab.quant.layers.products import AttentionProducts
 from qatlab.quant.layers.walk import full_precision, quant_layers
 from qatlab.quant.ptq.calibrate import calibrate
 from qatlab.quant.quantizers.base import Quantizer
@@ -34,6 +35,7 @@ __all__ = [
     "LSQ",
     "MX",
     "NVFP4",
+    "AttentionProducts",
     "DynamicMinMax",
     "LSQPlus",
     "LoRA",

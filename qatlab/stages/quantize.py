@@ -23,6 +23,7 @@ from qatlab.models.quantized import (
     fitted_copy,
     fitted_text,
     left_alone,
+    products_left,
     read_quantized,
     save_quantized,
     stored_copy,
@@ -102,9 +103,9 @@ def covered(config: QuantConfig, clip: Clip, run: Run, visual: nn.Module | None,
     left = []
     if visual is not None:
         layers = quant_layers(visual)
-        left += [*left_alone(clip.visual, layers, config), *unadapted(layers)]
+        left += [*left_alone(clip.visual, layers, config), *unadapted(layers), *products_left(visual)]
     if text is not None:
-        left += left_alone(TextTower(clip.model), quant_layers(text), config)
+        left += [*left_alone(TextTower(clip.model), quant_layers(text), config), *products_left(text)]
     if known is not None:
         # A run that has rows was judged when it was made, and a later limit must not make it unusable.
         shares = {name: known[name] for name in SHARES}

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qatlab.core.errors import UserError
 from qatlab.quant.inspect.hooks import on_inputs, on_outputs
-from qatlab.quant.layers.walk import device_of, evaluating, full_precision, quant_layers
+from qatlab.quant.layers.walk import attention_products, device_of, evaluating, full_precision, quant_layers
 
 # A run that covers less than these shares is warned, or refused. In a convolutional tower up to 95 % of the products
 # stay in full precision, so results under the name W8A8 would be those of another model.
@@ -56,21 +56,23 @@ class Product(NamedTuple):
 class Coverage:
     """The multiply-accumulates of one forward: ``products`` of a weight with its input, and those in ``attention``.
 
-    The products in attention are QK^T and PV, of two activations, and nothing rounds them. ``judged`` is the operand by
+    The products in attention are QK^T and PV, of two activations: ``attention`` counts those that stay in full precision,
+    ``rounded_attention`` those whose operands are both rounded (quant.attention). ``judged`` is the operand by
     which the coverage is judged: "weight", or "act" where no weight is to be rounded.
     """
 
     products: tuple[Product, ...]
     attention: int
     judged: str
+    rounded_attention: int = 0
 
     @property
     def shares(self) -> dict[str, float]:
         """Return the SHARES by name, from 0 to 1.
 
         The first four are shares of the products with a weight: with the weight rounded, with the activation rounded,
-        with both rounded, and with the judged operand left out by ``quant.rules``. The last is that of QK^T and PV
-        among all.
+        with both rounded, and with the judged operand left out by ``quant.rules``. The last is that of QK^T and PV in
+        full precision among all.
         """
         found = (
             [of for of in self.products if of.weight],
@@ -80,7 +82,8 @@ class Coverage:
         )
         total = _macs(self.products)
         shares = [_macs(products) / total for products in found]
-        return dict(zip(SHARES, [*shares, self.attention / (total + self.attention)], strict=True))
+        every = total + self.attention + self.rounded_attention
+        return dict(zip(SHARES, [*shares, self.attention / every], strict=True))
 
     @property
     def uncovered(self) -> list[Product]:
@@ -94,7 +97,8 @@ class Coverage:
 
     def beside(self, other: Coverage) -> Coverage:
         """Return the coverage of two towers together."""
-        return Coverage((*self.products, *other.products), self.attention + other.attention, self.judged)
+        rounded = self.rounded_attention + other.rounded_attention
+        return Coverage((*self.products, *other.products), self.attention + other.attention, self.judged, rounded)
 
     def require(self, partial: bool) -> None:
         """Raise UserError where less than half is covered, unless ``partial`` (quant.partial) allows it."""
@@ -115,6 +119,10 @@ class Coverage:
             lines.append(
                 f"quant.rules leave out {_layers(len(skipped))}, {share} of the products with a weight: {patterns}"
             )
+        if self.rounded_attention:
+            every = _macs(self.products) + self.attention + self.rounded_attention
+            rounded = _percent(self.rounded_attention / every)
+            lines.append(f"QK^T and PV with both operands rounded are {rounded} of all products")
         return [*lines, *(f"{line}: {self._named()}" for line in warning(self.shares, self.judged))]
 
     def _named(self) -> str:
@@ -180,7 +188,7 @@ def coverage(model: nn.Module, sample: Tensor, rules: Mapping[str, Any], judged:
         weight, act = rounding[layer] if inside else (False, False)
         rounded = weight if judged == "weight" else act
         products.append(Product(layer, macs, weight, act, None if rounded else _skipped_by(layer, rules, judged)))
-    return Coverage(tuple(products), found.attention, judged)
+    return Coverage(tuple(products), found.attention, judged, found.rounded_attention)
 
 
 class _Products(TorchDispatchMode):
@@ -189,8 +197,9 @@ class _Products(TorchDispatchMode):
     def __init__(self, model: nn.Module, sample: Tensor) -> None:
         super().__init__()
         self.macs: Counter[tuple[str, bool]] = Counter()
-        self.attention = 0
-        self._layers, self._handles = quant_layers(model), ExitStack()
+        self.attention = self.rounded_attention = 0
+        self._layers, self._attentions = quant_layers(model), attention_products(model)
+        self._handles = ExitStack()
         self._running: list[str] = []
         state = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(tensor): _layer_name(name) for name, tensor in state}
@@ -202,8 +211,9 @@ class _Products(TorchDispatchMode):
         self._origin[sample] = None
 
     def __enter__(self) -> _Products:
-        self._handles.enter_context(on_inputs(self._layers, lambda name, *_: self._running.append(name)))
-        self._handles.enter_context(on_outputs(self._layers, lambda name, *_: self._running.remove(name)))
+        watched = {**self._layers, **self._attentions}
+        self._handles.enter_context(on_inputs(watched, lambda name, *_: self._running.append(name)))
+        self._handles.enter_context(on_outputs(watched, lambda name, *_: self._running.remove(name)))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -236,7 +246,10 @@ class _Products(TorchDispatchMode):
             inside = running in self._layers and self._layers[running].weight is weight
             self.macs[running if inside else self._names[id(weight)], inside] += macs
         elif len(origins) == len(factors):
-            self.attention += macs
+            if self._running and self._running[-1] in self._attentions:
+                self.rounded_attention += macs
+            else:
+                self.attention += macs
 
 
 def _tensors(found: Any) -> list[Tensor]:

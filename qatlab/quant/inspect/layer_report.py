@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from qatlab.quant.inspect.hooks import on_inputs
 from qatlab.quant.layers.linear import QuantLayer
-from qatlab.quant.layers.walk import device_of, evaluating, full_precision, quant_layers, require_called
+from qatlab.quant.layers.products import AttentionProducts
+from qatlab.quant.layers.walk import (
+    attention_products,
+    device_of,
+    evaluating,
+    full_precision,
+    quant_layers,
+    require_called,
+)
 from qatlab.quant.quantizers.base import Quantizer
 
 
@@ -20,8 +28,9 @@ def layer_report(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     out_features, weight_bits, weight_scale (mean), weight_sqnr_db, act_bits, act_scale (mean), act_absmax, act_sqnr_db,
     act_clipped (fraction of the input rounded beyond the grid's ends), output_sqnr_db and outlier_channels (how many
     channels of the input stay in full precision; the act columns are about the others); None where a tensor is not
-    quantized. The signal-to-quantization-noise ratio is 10 log10(sum x^2 / sum (x - x_q)^2) in float64, infinite
-    without error.
+    quantized. After the layers come the products of attention, <attention>.products.qk and .pv, whose queries and
+    softmax stand in the place of the activation, and whose keys and values in that of the weight. The
+    signal-to-quantization-noise ratio is 10 log10(sum x^2 / sum (x - x_q)^2) in float64, infinite without error.
     """
     layers = quant_layers(model)
     # The quantizers are read before the layers compute in full precision, because then their slots are empty.
@@ -32,10 +41,25 @@ def layer_report(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
         """Add the layer's row, from its input (B, ..., in_features) or the images."""
         rows[name] = _layer_row(name, layer, *slots[name], inputs[0])
 
-    with evaluating(model), full_precision(model), on_inputs(layers, look):
+    attentions = attention_products(model)
+
+    def look_at_products(name: str, products: AttentionProducts, inputs: tuple[Any, ...]) -> None:
+        """Add the rows of both products, from their operands (B, heads, ., .)."""
+        query, key, value, mask, _, scale = inputs
+        weights = products.weights(query, key, mask, scale)
+        rows[f"{name}.qk"] = _product_row(f"{name}.qk", products, ("query", query), ("key", key), key.mT)
+        rows[f"{name}.pv"] = _product_row(f"{name}.pv", products, ("softmax", weights), ("value", value), value)
+
+    with (
+        evaluating(model),
+        full_precision(model),
+        on_inputs(layers, look),
+        on_inputs(attentions, look_at_products),
+    ):
         model(images.to(device_of(model)))
-    require_called(layers, set(rows))
-    return [rows[name] for name in layers]
+    names = [*layers, *(f"{name}.{kind}" for name in attentions for kind in ("qk", "pv"))]
+    require_called(names, set(rows))
+    return [rows[name] for name in names]
 
 
 def rounded_elements(model: nn.Module, image: Tensor) -> tuple[int, int]:
@@ -79,6 +103,34 @@ def _layer_row(
         "act_clipped": float(act.beyond(layer.tokens(x)).double().mean()) if act else None,
         "output_sqnr_db": _sqnr_db(output, layer.compute(quantized_x, quantized_weight) + kept),
         "outlier_channels": len(layer.outliers) if layer.outliers else 0,
+    }
+
+
+def _product_row(
+    name: str, products: AttentionProducts, left: tuple[str, Tensor], right: tuple[str, Tensor], factor: Tensor
+) -> dict[str, Any]:
+    """Return the row of one product of attention: of the operand ``left``, (B, heads, Q, n), with ``right``.
+
+    Operands come with their names; ``factor`` is the right one as it is multiplied, (B, heads, n, m).
+    """
+    (of_left, a), (of_right, b) = left, right
+    rounding = products.quantizers
+    rounded_a, rounded_b = products.rounded(of_left, a), products.rounded(of_right, b)
+    return {
+        "layer": name,
+        "kind": name.rsplit(".", 1)[-1],
+        "in_features": factor.shape[-2],
+        "out_features": factor.shape[-1],
+        "weight_bits": products.bits,
+        "weight_scale": float(rounding[of_right].scale.mean()),
+        "weight_sqnr_db": _sqnr_db(b, rounded_b),
+        "act_bits": products.bits,
+        "act_scale": float(rounding[of_left].scale.mean()),
+        "act_absmax": float(a.abs().max()),
+        "act_sqnr_db": _sqnr_db(a, rounded_a),
+        "act_clipped": None,
+        "output_sqnr_db": _sqnr_db(a @ factor, rounded_a @ (rounded_b if factor is b else rounded_b.mT)),
+        "outlier_channels": None,
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qatlab.core.errors import UserError
+from qatlab.quant.layers.products import AttentionProducts
 from qatlab.towers import open_clip_resnet, open_clip_vit, timm_eva
 from qatlab.towers.structure import joined
 
@@ -30,9 +31,11 @@ class QuantAttention(nn.Module):
     """
 
     layers = ("in_proj", "out_proj")
+    products: AttentionProducts | None
 
     def __init__(self, source: nn.MultiheadAttention, name: str, make: Make) -> None:
         super().__init__()
+        self.products = None
         if not source._qkv_same_embed_dim or source.bias_k is not None or source.add_zero_attn:
             raise UserError(_cannot(name, "kdim, vdim, add_bias_kv or add_zero_attn is set"))
         self.name = name
@@ -57,7 +60,7 @@ class QuantAttention(nn.Module):
         x = query if self.batch_first else query.transpose(0, 1)
         q, k, v = _heads(self.in_proj(x), self.num_heads)
         mask = _additive(attn_mask, q)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        x = _attended(self.products, q, k, v, mask, self.dropout if self.training else 0.0)
         x = self.out_proj(x.transpose(1, 2).flatten(2))
         return (x if self.batch_first else x.transpose(0, 1)), None
 
@@ -70,9 +73,11 @@ class QuantOpenClipAttention(nn.Module):
     """open_clip.transformer.Attention that calls its projections as layers; options and other names are kept."""
 
     layers = ("in_proj", "out_proj")
+    products: AttentionProducts | None
 
     def __init__(self, source: Any, name: str, make: Make) -> None:
         super().__init__()
+        self.products = None
         if not open_clip_vit.takes_what_is_known(source):
             raise UserError(_cannot(name, "this version of open_clip.transformer.Attention is not known"))
         self.num_heads, self.logit_scale_max = source.num_heads, source.logit_scale_max
@@ -91,11 +96,16 @@ class QuantOpenClipAttention(nn.Module):
             # Swin V2's cosine attention. In open_clip 3.3 this branch raises an error, because it gives tensors of four
             # dimensions to torch.bmm, which takes three.
             temperature = self.logit_scale.clamp(max=self.logit_scale_max).exp()
-            logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2) * temperature
-            x = self.attn_drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ v
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            if self.products is not None:
+                x = self.products(q, k, v, mask, self.attn_drop.p if self.training else 0.0, temperature)
+            else:
+                logits = q @ k.transpose(-1, -2) * temperature
+                x = self.attn_drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ v
         else:
-            dropout = self.attn_drop.p if self.training else 0.0
-            x = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, attn_mask=mask, dropout_p=dropout)
+            x = _attended(
+                self.products, self.ln_q(q), self.ln_k(k), v, mask, self.attn_drop.p if self.training else 0.0
+            )
         if self.head_scale is not None:
             x = x * self.head_scale
         return self.out_drop(self.out_proj(self.ln_inner(x.transpose(1, 2).flatten(2))))
@@ -115,12 +125,14 @@ class QuantCrossAttention(nn.Module):
     """
 
     layers = ("q_proj", "k_proj", "v_proj", "out_proj")
+    products: AttentionProducts | None
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
 
     def __init__(self, source: nn.MultiheadAttention, name: str, make: Make) -> None:
         super().__init__()
+        self.products = None
         if source.bias_k is not None or source.add_zero_attn:
             raise UserError(_cannot(name, "add_bias_kv or add_zero_attn is set"))
         self.name = name
@@ -139,7 +151,7 @@ class QuantCrossAttention(nn.Module):
         tokens = [x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)]
         layers = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (_split(layer(x), self.num_heads) for layer, x in zip(layers, tokens, strict=True))
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        x = _attended(self.products, q, k, v, None, self.dropout if self.training else 0.0)
         x = self.out_proj(x.transpose(1, 2).flatten(2))
         return (x if self.batch_first else x.transpose(0, 1)), None
 
@@ -152,6 +164,7 @@ class QuantAttentionPool(nn.Module):
     """open_clip.modified_resnet.AttentionPool2d with its four projections as layers that are called, under their own names."""
 
     layers = ("k_proj", "q_proj", "v_proj", "c_proj")
+    products: AttentionProducts | None
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -159,6 +172,7 @@ class QuantAttentionPool(nn.Module):
 
     def __init__(self, source: Any, name: str, make: Make) -> None:
         super().__init__()
+        self.products = None
         self.num_heads, self.positional_embedding = source.num_heads, source.positional_embedding
         for part in self.layers:
             setattr(self, part, make(f"{name}.{part}", getattr(source, part)))
@@ -170,7 +184,7 @@ class QuantAttentionPool(nn.Module):
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
         # Only the feature of the mean is returned, so no other token has a query.
         q, k, v = (_split(part, self.num_heads) for part in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)))
-        return self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))[:, 0]
+        return self.c_proj(_attended(self.products, q, k, v).transpose(1, 2).flatten(2))[:, 0]
 
     def extra_repr(self) -> str:
         """Return the number of heads shown by ``print(model)``."""
@@ -241,6 +255,20 @@ def _heads(packed: Tensor, heads: int) -> tuple[Tensor, ...]:
 def _split(x: Tensor, heads: int) -> Tensor:
     """Return x (B, L, d) as (B, heads, L, d / heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _attended(
+    products: AttentionProducts | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return the heads' outputs (B, heads, Q, d): by ``products``, or by torch's function where these are not quantized."""
+    if products is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return products(q, k, v, mask, dropout, None)
 
 
 def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -15,6 +15,8 @@ from qatlab.core.errors import UserError, nearest
 from qatlab.quant.layers.attention import Make, linear_of, stand_in
 from qatlab.quant.layers.linear import QuantConv2d, QuantLayer, QuantLinear, QuantProjection
 from qatlab.quant.layers.lora import LowRank
+from qatlab.quant.layers.products import AttentionProducts
+from qatlab.quant.layers.timm_products import give_products, is_known
 from qatlab.quant.layers.trainable import freeze_base
 from qatlab.quant.layers.walk import quant_layers
 from qatlab.quant.quantizers.base import Quantizer, of_weight
@@ -26,6 +28,8 @@ from qatlab.towers.structure import Place, is_plain_convolution, joined, reads_i
 Factory = Callable[..., Quantizer]
 # An adapter class such as LoRA, or a functools.partial of one, called with in_features= and out_features=.
 AdapterFactory = Callable[..., nn.Module]
+# AttentionProducts, or a functools.partial of it, called with heads=.
+AttentionFactory = Callable[..., AttentionProducts]
 Rules = Mapping[str, Mapping[str, Mapping[str, Any] | None] | None]
 
 
@@ -40,11 +44,15 @@ class _Site:
 
 @dataclass(frozen=True)
 class _Slots:
-    """The factories of one layer's slots; a slot of None leaves its tensor in full precision, or out for an adapter."""
+    """The factories of one layer's slots; a slot of None leaves its tensor in full precision, or out for an adapter.
+
+    ``attention`` is for the products of an attention, which have no other slot.
+    """
 
     weight: Factory | None
     act: Factory | None
     adapter: AdapterFactory | None
+    attention: AttentionFactory | None
 
     def __bool__(self) -> bool:
         return any(factory is not None for factory in (self.weight, self.act, self.adapter))
@@ -58,6 +66,7 @@ def quantize(
     patch_conv: bool = False,
     final_proj: bool = False,
     adapter: AdapterFactory | None = None,
+    attention: AttentionFactory | None = None,
 ) -> nn.Module:
     """Return ``model`` with every linear layer and convolution, attention projections included, swapped for a quantized one.
 
@@ -65,15 +74,17 @@ def quantize(
     ``width=``, the weights per output channel, and ``inputs=``, their input channels, where it takes those, and
     ``act(channels=in_features, batched=True)``; None leaves weights or activations in full precision. ``adapter`` makes
     the trained term of every linear layer, as ``adapter(in_features=..., out_features=...)``. With it, and with a weight
-    quantizer that holds one (LRQAT), the model is frozen (``freeze_base``). ``rules`` maps fnmatch patterns of layer
-    names to None (skip the layer) or to {"weight": ..., "act": ..., "adapter": ...}, each None (skip that tensor or
-    term) or options that override the factory's, such as {"bits": 4}; the first pattern that matches a layer decides.
+    quantizer that holds one (LRQAT), the model is frozen (``freeze_base``). ``attention`` makes what computes the two
+    products of every attention that is known, as ``attention(heads=...)``, and is put into it as ``products``. ``rules``
+    maps fnmatch patterns of names, of layers and of <attention>.products, to None (skip it) or to {"weight": ..., "act":
+    ..., "adapter": ..., "attention": ...}, each None (skip that tensor or term) or options that override the factory's,
+    such as {"bits": 4}; the first pattern that matches decides.
     ``patch_conv`` includes the convolutions that read the image, ``final_proj`` the ``final_projections``. A convolution
     gets no adapter. The Parameters stay those of the model, except that a projection that is a Parameter becomes
     ``<name>.weight``, transposed. The scales are NaN until ``calibrate``.
 
     Raises UserError, before anything is changed, for a pattern that matches no layer, an unknown option, a model
-    without layers or already quantized, an attention that cannot be replaced, and an adapter that no layer gets.
+    without layers or already quantized, an attention that cannot be replaced, and an adapter or products that none gets.
     """
     sites = _all_sites(model, patch_conv, final_proj)
     names = [name for site in sites for name in site.layers]
@@ -83,12 +94,19 @@ def quantize(
         )
     if patch_conv and not any(reads_image(site.place.part) for site in sites):
         raise UserError("quant.first is true, but the model has no convolution that reads an image of 3 channels.")
-    slots = _slots(names, _Slots(weight, act, adapter), rules or {})
+    attentions = {f"{place.name}.products": place for place in _attentions(model, "")}
+    slots = _slots([*names, *attentions], _Slots(weight, act, adapter, attention), rules or {})
+    products = _products(attentions, slots)
+    if attention is not None and not products:
+        raise UserError(
+            "quant.attention is set, but no attention gets it: leave one that is known out of the rules that skip it, or "
+            "set quant/attention=null."
+        )
 
     # All stand-ins are built before the first one is put in, so that an error leaves the model as it was.
     make = partial(_quantized, slots)
-    # An attention of which every layer is skipped stays as it is, with its class and the names of its Parameters.
-    chosen = [site for site in sites if any(map(slots.__getitem__, site.layers))]
+    # An attention of which all is skipped stays as it is, with its class and the names of its Parameters.
+    chosen = [site for site in sites if site.place.name in products or any(map(slots.__getitem__, site.layers))]
     built = [site.build(make) for site in chosen]
     layers = [layer for module in built for layer in quant_layers(module).values()]
     if adapter is not None and all(layer.adapter is None for layer in layers):
@@ -99,6 +117,8 @@ def quantize(
     for site, module in zip(chosen, built, strict=True):
         site.place.put(module)
     timm_eva.call_projections(model)
+    for name, made in products.items():
+        _put_products(model.get_submodule(name), made)
     # Where low-rank factors are trained, the weights stay those of the checkpoint. An LRQAT holds its factors inside
     # the weight quantizer, where ``adapter`` does not show them.
     if any(isinstance(module, LowRank) for layer in layers for module in layer.modules()) or adapter is not None:
@@ -189,6 +209,35 @@ def _sites(module: nn.Module, prefix: str, patch_conv: bool) -> Iterator[_Site]:
             yield from _sites(child, name, patch_conv)
 
 
+def _attentions(module: nn.Module, prefix: str) -> Iterator[Place]:
+    """Yield the places of the attentions in ``module``, called ``prefix``, that can take ``AttentionProducts``."""
+    for attribute, child in module.named_children():
+        place = Place(joined(prefix, attribute), module, attribute)
+        if stand_in(child, module) is not None or is_known(child):
+            yield place
+        else:
+            yield from _attentions(child, place.name)
+
+
+def _products(attentions: dict[str, Place], slots: dict[str, _Slots]) -> dict[str, AttentionProducts]:
+    """Return {name of an attention: what is to compute its products} of the ``attentions`` by the name of the products."""
+    made = {}
+    for name, place in attentions.items():
+        factory = slots[name].attention
+        if factory is not None:
+            products = factory(heads=place.part.num_heads)
+            made[place.name] = products.to(next(place.part.parameters()).device)
+    return made
+
+
+def _put_products(attention: Any, products: AttentionProducts) -> None:
+    """Let ``attention``, a stand-in or an attention of timm, compute its products by ``products``."""
+    if is_known(attention):
+        give_products(attention, products)
+    else:
+        attention.products = products
+
+
 def _made(name: str, layer: nn.Module, kind: type[QuantLayer], make: Callable[..., nn.Module]) -> nn.Module:
     """Return what ``make`` gives for one layer: in a partial this is the ``build`` of a site that is a single layer."""
     return make(name, layer, kind)
@@ -220,7 +269,7 @@ def _slots(names: list[str], default: _Slots, rules: Rules) -> dict[str, _Slots]
 def _chosen(pattern: str, rule: Any, default: _Slots) -> _Slots:
     """Return the slots that ``rule`` makes of ``default``; raises UserError naming ``pattern`` for a wrong rule."""
     if rule is None:
-        return _Slots(None, None, None)
+        return _Slots(None, None, None, None)
     where, names = f"quant.rules['{pattern}']", [field.name for field in fields(_Slots)]
     if not isinstance(rule, Mapping):
         raise UserError(f"{where} is {rule!r}: write null to skip the layer, or a mapping with {', '.join(names)}.")

@@ -10,6 +10,7 @@ from torch import nn
 
 from qatlab.core.errors import UserError
 from qatlab.quant.layers.linear import QuantLayer
+from qatlab.quant.layers.products import AttentionProducts
 from qatlab.towers.structure import joined
 
 
@@ -18,18 +19,28 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
+def attention_products(model: nn.Module) -> dict[str, AttentionProducts]:
+    """Return the quantized products of attentions in ``model`` by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AttentionProducts)}
+
+
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside this context every quantized layer of ``model`` computes with its full-precision weight and input."""
+    """Inside this context every layer and attention of ``model`` computes with its full-precision operands."""
     # All layers are found before the first one changes, so that an error in between puts every quantizer back.
     held = [(layer, layer.weight_quantizer, layer.act_quantizer) for layer in quant_layers(model).values()]
+    rounding = [products for products in attention_products(model).values() if products.rounds]
     try:
+        for products in rounding:
+            products.rounds = False
         for layer, _, _ in held:
             layer.weight_quantizer = layer.act_quantizer = None
         yield model
     finally:
         for layer, weight, act in held:
             layer.weight_quantizer, layer.act_quantizer = weight, act
+        for products in rounding:
+            products.rounds = True
 
 
 @contextmanager

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from qatlab.core.errors import UserError
 from qatlab.quant.inspect.hooks import on_inputs
-from qatlab.quant.layers.walk import device_of, evaluating, full_precision, quant_layers, require_called
+from qatlab.quant.layers.products import AttentionProducts
+from qatlab.quant.layers.walk import (
+    attention_products,
+    device_of,
+    evaluating,
+    full_precision,
+    quant_layers,
+    require_called,
+)
 from qatlab.quant.ptq.round_weights import reads_inputs, round_weights
 
 
@@ -38,8 +46,22 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
             with _naming(name, "input"):
                 quantizer.observe(layer.tokens(layer.to_round(inputs[0])))
 
+    attentions = attention_products(model)
+
+    def observe_products(name: str, products: AttentionProducts, inputs: tuple[Any, ...]) -> None:
+        """Show the operands (B, heads, ., .) of an attention's products to their quantizers."""
+        called.add(name)
+        query, key, value, mask, _, scale = inputs
+        with _naming(name, "operands"):
+            products.observe(query, key, value, mask, scale)
+
     images = 0
-    with evaluating(model), full_precision(model), on_inputs(layers, observe):
+    with (
+        evaluating(model),
+        full_precision(model),
+        on_inputs(layers, observe),
+        on_inputs(attentions, observe_products),
+    ):
         for batch in batches:
             if len(batch):
                 model(batch.to(device_of(model)))
@@ -47,11 +69,13 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     if images == 0:
         raise UserError("calibration got no images: give the quantizers at least one to find their scales on.")
     # A layer that was not called has no scale, and would raise an error only in the middle of a run.
-    require_called(layers, called)
+    require_called([*layers, *attentions], called)
     fit_weights(model)
     for layer in layers.values():
         if layer.act_quantizer is not None:
             layer.act_quantizer.fit()
+    for products in attentions.values():
+        products.fit()
     round_weights(model, batches)
 
 

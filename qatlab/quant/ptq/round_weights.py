@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.quant.layers.linear import QuantLayer
-from qatlab.quant.layers.walk import device_of, evaluating, quant_layers
+from qatlab.quant.layers.walk import attention_products, device_of, evaluating, quant_layers
 from qatlab.quant.ptq.in_step import in_step
 from qatlab.quant.ptq.second_moments import SecondMoments, columns_of, rows_of
 from qatlab.quant.quantizers.gptq import GPTQ, gptq
@@ -118,8 +118,10 @@ def _of_images(rows: Tensor, which: Tensor) -> Tensor:
 
 
 def _in_full_precision(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` whose layers round nothing."""
+    """Return a copy of ``model`` that rounds nothing."""
     model = copy.deepcopy(model)
     for layer in quant_layers(model).values():
         layer.weight_quantizer = layer.act_quantizer = None
+    for products in attention_products(model).values():
+        products.rounds = False
     return model
