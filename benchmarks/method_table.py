@@ -10,7 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qatlab.quant import FP8, GPTQ, LSQ, MX, NVFP4, DynamicMinMax, LSQPlus, MinMax, calibrate, quant_layers, quantize
+from qatlab.quant import (
+    FP8,
+    GPTQ,
+    LSQ,
+    MX,
+    NVFP4,
+    AttentionProducts,
+    DynamicMinMax,
+    LSQPlus,
+    MinMax,
+    calibrate,
+    quant_layers,
+    quantize,
+)
 from qatlab.quant.bits.allocate import bit_rules
 from qatlab.quant.bits.sensitivity import gradient_sensitivities
 from qatlab.quant.layers.lora import LoRA
@@ -72,6 +85,11 @@ def weights(weight: Any, **options: Any) -> Make:
     return plain(partial(weight, bits=8, **options), A8)
 
 
+def attention(softmax: str, act: Any = None, **options: Any) -> Make:
+    """Both products of attention on static grids too."""
+    return plain(W8, act or A8, attention=partial(AttentionProducts, 8, softmax=softmax), **options)
+
+
 W8, A8 = partial(MinMax, bits=8, per_channel=True), partial(MinMax, bits=8)
 LSQ_W, LSQ_PC, LSQ_A = partial(LSQ, bits=8), partial(LSQ, bits=8, per_channel=True), partial(LSQ, bits=8)
 LR_QAT = partial(LRQAT, bits=8, per_channel=True)
@@ -101,6 +119,12 @@ METHODS = {
     "w_percentile": Method(weights(MinMax, per_channel=True, observer="percentile")),
     "w_mse": Method(weights(MinMax, per_channel=True, observer="mse")),
     "weight_only": Method(plain(partial(MinMax, bits=8, per_channel=True, observer="mse"), None)),
+    "attn_uniform": Method(attention("uniform"), trained=True),
+    "attn_log_sqrt2": Method(attention("log_sqrt2")),
+    "attn_adalog": Method(attention("adalog")),
+    "vit_literature": Method(
+        attention("uniform", act=partial(MinMax, 8, symmetric=False), patch_conv=True, final_proj=True)
+    ),
     "gptq_w4": Method(plain(partial(GPTQ, bits=4), A8), 2),
     "raana_w8": Method(weights(RaanA)),
     "raana_w4": Method(plain(partial(RaanA, bits=4), A8)),

@@ -172,6 +172,7 @@ def test_trained_low_rank_weights_merge_into_integers_bit_for_bit(
         ("smoothquant", r"transformer\.resblocks\.0\.attn\.in_proj"),
         ("qat_lora", r"transformer\.resblocks\.0\.attn\.in_proj"),
         ("mixed_precision", r"finite|NaN"),
+        ("vit_literature", r"NaN"),
     ],
 )
 def test_a_calibration_image_that_is_not_a_number(visual: nn.Module, images: Tensor, recipe: str, message: str) -> None:
@@ -188,7 +189,9 @@ def test_weights_alone_do_not_look_at_a_broken_image(visual: nn.Module, images: 
     assert cosine(visual, model, images) > 0.9
 
 
-@pytest.mark.parametrize("recipe", ["ptq", "smoothquant", "rotation", "raana", "light_qat_lsq", "mixed_precision"])
+@pytest.mark.parametrize(
+    "recipe", ["ptq", "smoothquant", "rotation", "raana", "light_qat_lsq", "mixed_precision", "vit_literature"]
+)
 def test_no_calibration_images(visual: nn.Module, recipe: str) -> None:
     quant = compose(f"recipe={recipe}").quant
     for batches in ([], [torch.empty(0, 3, 64, 64)]):
@@ -203,7 +206,9 @@ def test_a_run_without_calibration_images(small_fit: Fit, tmp_path: Path, recipe
         small_fit(recipe, tmp_path, "quant.calibration_images=0")
 
 
-@pytest.mark.parametrize("recipe", ["ptq", "smoothquant", "rotation", "raana", "light_qat_lsq", "weight_only"])
+@pytest.mark.parametrize(
+    "recipe", ["ptq", "smoothquant", "rotation", "raana", "light_qat_lsq", "weight_only", "vit_literature"]
+)
 def test_an_all_zero_weight_row_and_a_constant_image_give_numbers(
     visual: nn.Module, images: Tensor, recipe: str
 ) -> None:

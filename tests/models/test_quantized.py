@@ -194,6 +194,11 @@ def test_what_cannot_be_loaded_is_told_in_a_sentence(left: Callable[..., Left], 
         ("rotation", [], "weight=LSQ(per_channel) act=LSQ(init=mse) rewrite=Rotation"),
         ("qat_lora", [], "weight=MinMax(per_channel) act=MinMax adapter=LoRA"),
         ("lr_qat", [], "weight=LRQAT act=LSQ"),
+        (
+            "ptq",
+            ["quant/attention=log_sqrt2", "quant.attention.per_head=true"],
+            "weight=MinMax(per_channel) act=MinMax attention=AttentionProducts(softmax=log_sqrt2, per_head)",
+        ),
     ],
 )
 def test_a_method_is_named_by_what_is_no_default(recipe: str, overrides: list[str], expected: str) -> None:

@@ -135,8 +135,13 @@ def rounded_logarithm(x: Tensor, step: Tensor, exponent: Tensor, last: int) -> T
 
     ``step`` s and ``exponent`` e are () or (n,).
     """
-    codes = torch.div(widened(x), step).log2_().neg_().div_(exponent).round_().clamp_(0, last)
-    return torch.exp2(codes.mul_(exponent).neg_()).mul_(step).to(x.dtype)
+    codes = torch.div(widened(x), step).log2_().neg_().div_(exponent).round_().clamp_(0, last).long()
+    # The levels are looked up: a power that is computed for each x differs in its last digit from one place of a tensor
+    # to another, and a code would stand for several values.
+    every = torch.arange(last + 1, dtype=step.dtype, device=x.device)
+    levels = torch.exp2(-every[:, None] * exponent.reshape(-1)) * step.reshape(-1)
+    found = levels[codes, torch.arange(len(step), device=x.device)] if step.ndim else levels[:, 0][codes]
+    return found.to(x.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
