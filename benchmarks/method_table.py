@@ -20,6 +20,7 @@ from qatlab.quant import (
     DynamicMinMax,
     LSQPlus,
     MinMax,
+    Ridge,
     calibrate,
     quant_layers,
     quantize,
@@ -56,6 +57,18 @@ def plain(weight: Any, act: Any, rewrite: Any = None, outliers: Any = None, **op
         model = quantize(visual, weight, act, **options)
         model = model if outliers is None else outliers(model, batches)
         calibrate(model, batches)
+        return model
+
+    return make
+
+
+def compensated(weight: Any) -> Make:
+    """Activations of four bits with a zero point, for whose errors weights and biases make up."""
+
+    def make(visual: nn.Module, batches: list[Tensor]) -> nn.Module:
+        model = quantize(visual, weight, partial(MinMax, bits=4, symmetric=False, observer="mse"))
+        Ridge().prepare(model)
+        calibrate(model, batches, Ridge())
         return model
 
     return make
@@ -126,6 +139,8 @@ METHODS = {
         attention("uniform", act=partial(MinMax, 8, symmetric=False), patch_conv=True, final_proj=True)
     ),
     "gptq_w4": Method(plain(partial(GPTQ, bits=4), A8), 2),
+    "ridge": Method(compensated(W8), 3),
+    "ridge_gptq_w4": Method(compensated(partial(GPTQ, bits=4)), 3),
     "raana_w8": Method(weights(RaanA)),
     "raana_w4": Method(plain(partial(RaanA, bits=4), A8)),
     **{name: Method(plain(make, make), trained=True) for name, make in FORMATS.items()},

@@ -107,7 +107,7 @@ def quantize_model(
 
     ``weight`` and ``act`` are choices of ``quant/weight=`` and ``quant/act=`` by name, blocks such as
     ``{"_target_": "qatlab.quant.MinMax", "bits": 4}``, or None for full precision. ``slots`` are the other options of
-    ``quant``: rewrite, plan and adapter likewise, first, last and rules as they are. Raises UserError for
+    ``quant``: rewrite, plan, adapter and compensate likewise, first, last and rules as they are. Raises UserError for
     what does not fit.
 
     >>> clip = load_clip()

@@ -239,6 +239,8 @@ class QuantConfig:
     """Keeps some input channels of linear layers in full precision, a _target_ block; quant/rewrite=outlier_channels."""
     attention: Slot = later(None)
     """Quantizers of both products in attention, a _target_ block; choices in quant/attention=."""
+    compensate: Slot = later(None)
+    """Corrects weights and biases for what rounding does, a _target_ block; choices in quant/compensate=."""
 
 
 @dataclass
@@ -433,6 +435,7 @@ class Config:
             {"quant/adapter": None},
             {"quant/plan": None},
             {"quant/attention": None},
+            {"quant/compensate": None},
             {"recipe": None},
             # Hydra's default logging writes a log file into the working folder at every call.
             {"override hydra/job_logging": "none"},
@@ -495,7 +498,7 @@ def chosen_loggers(logger: Any) -> dict[str, Any]:
     return choices
 
 
-QUANT_SLOTS = ("weight", "act", "rewrite", "adapter", "plan", "attention")
+QUANT_SLOTS = ("weight", "act", "rewrite", "adapter", "plan", "attention", "compensate")
 # Blocks of quant with a group of choices each, and all that there are: ``outliers`` is a choice of the group of rewrites.
 QUANT_BLOCKS = (*QUANT_SLOTS, "outliers")
 

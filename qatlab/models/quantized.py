@@ -90,10 +90,13 @@ def check_quantizers(config: QuantConfig) -> None:
     weight, act, adapter, attention = (_factory(getattr(config, slot)) for slot in _OF_LAYERS)
     if attention is not None:
         attention(heads=12)
+    compensation = _factory(config.compensate)
     if is_quantized(config):
         # A multiple of the group size. Whether groups divide the layers of the real model shows once that model is loaded.
         width = 12 * ((config.weight or {}).get("group_size") or 64)
-        quantize(nn.Sequential(nn.Linear(width, 768)), weight, act, adapter=adapter)
+        layer = quantize(nn.Sequential(nn.Linear(width, 768)), weight, act, adapter=adapter)
+        if compensation is not None:
+            compensation().prepare(layer)
     if config.rewrite is not None:
         _rewrite(config)
     _outliers(config)
@@ -208,7 +211,7 @@ def _fitted(model: nn.Module, config: QuantConfig, batches: Callable[[], Iterabl
     if config.outliers is not None:
         # The ranges that scales are found for are those without the channels that stay in full precision.
         model = _outliers(config)(model, batches())
-    calibrate(model, batches())
+    calibrate(model, batches(), _compensation(config))
     return model, config
 
 
@@ -401,7 +404,11 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 def _converted(model: Any, config: QuantConfig) -> Any:
     """Return ``model``, quantized in place by the options ``config`` of its tower."""
     weight, act, adapter, attention = (_factory(getattr(config, slot)) for slot in _OF_LAYERS)
-    return quantize(model, weight, act, config.rules, config.first, config.last, adapter, attention)
+    model = quantize(model, weight, act, config.rules, config.first, config.last, adapter, attention)
+    if config.compensate is not None:
+        # A compensation may give layers a bias; the state to load has its values.
+        _compensation(config).prepare(model)
+    return model
 
 
 def _blocks(config: QuantConfig) -> dict[str, Any]:
@@ -412,6 +419,11 @@ def _blocks(config: QuantConfig) -> dict[str, Any]:
 
 def _factory(block: Any) -> Any:
     return block and factory(block)  # an empty slot stays None
+
+
+def _compensation(config: QuantConfig) -> Any:
+    """Return the object that corrects calibrated layers, None without one."""
+    return config.compensate and _factory(config.compensate)()
 
 
 def _rewrite(config: QuantConfig) -> Any:

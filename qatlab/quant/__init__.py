@@ -13,6 +13,7 @@ from qatlab.quant.layers.merge import merge
 from qatlab.quant.layers.products import AttentionProducts
 from qatlab.quant.layers.walk import full_precision, quant_layers
 from qatlab.quant.ptq.calibrate import calibrate
+from qatlab.quant.ptq.ridge import Ridge
 from qatlab.quant.quantizers.base import Quantizer
 from qatlab.quant.quantizers.blocks import MX, NVFP4
 from qatlab.quant.quantizers.dynamic import DynamicMinMax
@@ -50,6 +51,7 @@ __all__ = [
     "Quantizer",
     "RaanA",
     "RandomHadamard",
+    "Ridge",
     "Rotation",
     "SmoothQuant",
     "VerificationError",

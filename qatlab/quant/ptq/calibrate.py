@@ -19,20 +19,20 @@ from qatlab.quant.layers.walk import (
     quant_layers,
     require_called,
 )
-from qatlab.quant.ptq.round_weights import reads_inputs, round_weights
+from qatlab.quant.ptq.round_weights import Compensation, reads_inputs, round_weights
 
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Tensor], compensation: Compensation | None = None) -> None:
     """Fill every scale of ``model`` from the weights and from a full-precision pass over ``batches``.
 
     ``batches`` are normalised images (B, 3, S, S) or, for a text tower, tokens (B, L). Nothing is quantized while
-    observing, so no layer sees the noise of earlier layers. Then weights are rounded whose quantizer chooses codes by the
-    inputs of its layer (``round_weights``), for which ``batches`` are kept in memory. Each module's mode is restored. Raises
-    UserError naming the layer on NaN or infinite values and on a layer that the forward never calls, and when there are
-    no images.
+    observing, so no layer sees the noise of earlier layers. Then layers are corrected by ``compensation``, and weights are
+    rounded whose quantizer chooses codes by the inputs of its layer (``round_weights``); for both, ``batches`` are kept in
+    memory. Each module's mode is restored. Raises UserError naming the layer on NaN or infinite values and on a layer that
+    the forward never calls, and when there are no images.
     """
     layers = quant_layers(model)
-    if reads_inputs(model):
+    if reads_inputs(model, compensation):
         batches = list(batches)
     acts = {name: layer.act_quantizer for name, layer in layers.items()}
     called: set[str] = set()
@@ -76,7 +76,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
             layer.act_quantizer.fit()
     for products in attentions.values():
         products.fit()
-    round_weights(model, batches)
+    round_weights(model, batches, compensation)
 
 
 def fit_weights(model: nn.Module) -> None:

@@ -96,7 +96,8 @@ def in_step(runs: Sequence[tuple[nn.Module, Tensor]], names: Iterable[str], at: 
             if len(reached) > 1 or name is None or name in done:
                 raise UserError(
                     f"the model calls {', '.join(sorted(map(str, reached)))} in another order, or again: layers are "
-                    "rounded one after the other. Skip the layer with +quant.rules, or choose another quant/weight."
+                    "rounded and corrected one after the other. Skip the layer with +quant.rules, or choose another quant/weight "
+                    "and no quant/compensate."
                 )
             done.add(name)
             at(name, [run.inputs for run in started if run.inputs is not None])

@@ -1,10 +1,11 @@
-"""Round the weights of a calibrated model layer by layer, each for the inputs that the rounded layers before it give."""
+"""Correct and round the weights of a calibrated model layer by layer, for the inputs that the rounded layers before give."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,51 +13,106 @@ from torch import Tensor, nn
 from qatlab.quant.layers.linear import QuantLayer
 from qatlab.quant.layers.walk import attention_products, device_of, evaluating, quant_layers
 from qatlab.quant.ptq.in_step import in_step
-from qatlab.quant.ptq.second_moments import SecondMoments, columns_of, rows_of
+from qatlab.quant.ptq.second_moments import SecondMoments, moments_of, rows_of, tried_rows
 from qatlab.quant.quantizers.gptq import GPTQ, gptq
 
 DAMPINGS = (0.01, 0.1, 1.0)
-HELD_OUT = 4  # every fourth image
-TRIED_ROWS = 64  # of a weight, evenly drawn, on which dampings are tried
 
 
-def round_weights(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the weights of all layers of ``model`` that a GPTQ rounds by rounded ones, from one pass over ``batches``.
+class Compensation(Protocol):
+    """What fills ``quant.compensate``: changes weights and biases so that they make up for what rounding does.
+
+    ``after_rounding`` says whether the layer's own weight is rounded before it is corrected.
+    """
+
+    after_rounding: bool
+
+    def prepare(self, model: nn.Module) -> None:
+        """Give the layers of ``model`` what ``correct`` fills, such as a bias; the corrected state loads into that form."""
+        ...
+
+    def layers(self, model: nn.Module) -> dict[str, QuantLayer]:
+        """Return the layers of ``model`` that are corrected, by name."""
+        ...
+
+    def correct(self, layer: QuantLayer, exact: QuantLayer, inputs: Sequence[Tensor], full: Sequence[Tensor]) -> None:
+        """Correct ``layer`` in place: ``exact`` is the same in full precision, and ``full`` are its inputs there, by batch."""
+        ...
+
+
+def round_weights(model: nn.Module, batches: Iterable[Tensor], compensation: Compensation | None = None) -> None:
+    """Correct the layers of ``model`` by ``compensation`` and round the weights that a GPTQ rounds, from one pass over ``batches``.
 
     ``model`` is calibrated. The layers are taken in the order of the forward; the inputs of each are those that the layers
-    before it give with rounded weights and activations, itself rounded as the layer rounds it. ``batches`` are normalised
-    images (B, 3, S, S) or, for a text tower, tokens (B, L). Without such layers nothing is read.
+    before it give, corrected and with rounded weights and activations, itself rounded as the layer rounds it. ``batches``
+    are normalised images (B, 3, S, S) or, for a text tower, tokens (B, L). Without such layers nothing is read. A second
+    forward, in full precision, is made in step where a compensation or GPTAQ compares with it.
     """
-    chosen = _chosen(model)
-    if not chosen:
+    rounded = _rounded_layers(model)
+    compensated = {} if compensation is None else compensation.layers(model)
+    if not rounded and not compensated:
         return
     with evaluating(model):
         images = [batch.to(device_of(model)) for batch in batches if len(batch)]
         runs = [(model, batch) for batch in images]
-        if any(quantizer.alpha > 0 for _, quantizer in chosen.values()):
+        full = None
+        if compensated or any(quantizer.alpha > 0 for _, quantizer in rounded.values()):
             full = _in_full_precision(model)
             runs += [(full, batch) for batch in images]
-        in_step(runs, chosen, partial(_round, chosen, len(images)))
+        in_step(runs, {**compensated, **rounded}, _Fitting(rounded, compensated, compensation, full, len(images)))
 
 
-def reads_inputs(model: nn.Module) -> bool:
-    """Return whether ``round_weights`` has a weight of ``model`` to round."""
-    return bool(_chosen(model))
+def reads_inputs(model: nn.Module, compensation: Compensation | None = None) -> bool:
+    """Return whether ``round_weights`` has a layer of ``model`` to correct or to round."""
+    return bool(_rounded_layers(model)) or (compensation is not None and bool(compensation.layers(model)))
 
 
-def _chosen(model: nn.Module) -> dict[str, tuple[QuantLayer, GPTQ]]:
+def _rounded_layers(model: nn.Module) -> dict[str, tuple[QuantLayer, GPTQ]]:
     """Return the layers by name whose weight a GPTQ rounds, with the quantizer of the weight."""
-    chosen: dict[str, tuple[QuantLayer, GPTQ]] = {}
+    rounded: dict[str, tuple[QuantLayer, GPTQ]] = {}
     for name, layer in quant_layers(model).items():
         if isinstance(layer.weight_quantizer, GPTQ):
-            chosen[name] = layer, layer.weight_quantizer
-    return chosen
+            rounded[name] = layer, layer.weight_quantizer
+    return rounded
 
 
-def _round(chosen: dict[str, tuple[QuantLayer, GPTQ]], count: int, name: str, inputs: list[Tensor]) -> None:
-    """Round the weight of the layer ``name`` for its ``inputs``: of ``count`` batches, and again in full precision."""
-    layer, quantizer = chosen[name]
-    kept, held_out = _moments(layer, inputs[:count], inputs[count:] if quantizer.alpha > 0 else [])
+@dataclass(frozen=True)
+class _Fitting:
+    """What is done to a layer while all batches wait before it: the first ``count`` of them run through ``model``, the rest
+    through ``full``, which is the same in full precision."""
+
+    rounded: dict[str, tuple[QuantLayer, GPTQ]]
+    compensated: dict[str, QuantLayer]
+    compensation: Compensation | None
+    full: nn.Module | None
+    count: int
+
+    def __call__(self, name: str, inputs: list[Tensor]) -> None:
+        """Correct the layer ``name`` and round its weight, for its ``inputs`` in each batch."""
+        own, full = inputs[: self.count], inputs[self.count :]
+        after = self.compensation is not None and self.compensation.after_rounding
+        if not after:
+            self._correct(name, own, full)
+        if name in self.rounded:
+            layer, quantizer = self.rounded[name]
+            _round(layer, quantizer, own, full if quantizer.alpha > 0 else [])
+        if after:
+            self._correct(name, own, full)
+
+    def _correct(self, name: str, own: list[Tensor], full: list[Tensor]) -> None:
+        if name not in self.compensated:
+            return
+        assert self.compensation is not None
+        assert self.full is not None
+        layer, exact = self.compensated[name], self.full.get_submodule(name)
+        assert isinstance(exact, QuantLayer)
+        self.compensation.correct(layer, exact, own, full)
+        layer.unfold()
+
+
+def _round(layer: QuantLayer, quantizer: GPTQ, inputs: list[Tensor], full: list[Tensor]) -> None:
+    """Round the weight of ``layer`` for its ``inputs``, given in ``full`` precision too where GPTAQ reads them."""
+    kept, held_out = moments_of(layer, inputs, full)
     weight = rows_of(layer, layer.weight.detach())
     steps = quantizer.column_steps(weight.shape[2]).reshape(weight.shape)
     every = kept.added(held_out)
@@ -76,7 +132,7 @@ def _least_damping(
     """Return the one of DAMPINGS whose ``rows`` (m, n), rounded for the ``kept`` inputs, lose least on those ``held_out``."""
     if not held_out.count:
         return DAMPINGS[-1]  # fewer images than are needed to hold one out tell little, and want the most damping
-    some = torch.linspace(0, len(rows) - 1, min(len(rows), TRIED_ROWS)).round().long()
+    some = tried_rows(len(rows))
     hessian, _ = held_out.of_group(group)
     moments = kept.of_group(group)
     losses: dict[float, float] = {}
@@ -93,28 +149,6 @@ def _rounded(
     ends = quantizer.qmin, quantizer.qmax
     act_order, alpha = quantizer.act_order, quantizer.alpha
     return gptq(rows, steps, ends, *moments, damping=damping, act_order=act_order, alpha=alpha)
-
-
-def _moments(
-    layer: QuantLayer, inputs: Sequence[Tensor], full: Sequence[Tensor]
-) -> tuple[SecondMoments, SecondMoments]:
-    """Return the moments of the layer's rounded inputs over three quarters of the images, and over every fourth image."""
-    kept, held_out = SecondMoments(), SecondMoments()
-    image = 0
-    for place, x in enumerate(inputs):
-        rows = columns_of(layer, layer.rounded_input(x, layer.act_quantizer))
-        exact = columns_of(layer, full[place]) if full else None
-        last = (torch.arange(len(x), device=x.device) + image) % HELD_OUT == HELD_OUT - 1
-        image += len(x)
-        for moments, which in ((kept, ~last), (held_out, last)):
-            if bool(which.any()):
-                moments.update(_of_images(rows, which), None if exact is None else _of_images(exact, which))
-    return kept, held_out
-
-
-def _of_images(rows: Tensor, which: Tensor) -> Tensor:
-    """Return those of the ``rows`` (groups, B * tokens, n) that belong to the images ``which`` (B,)."""
-    return rows.unflatten(1, (len(which), -1))[:, which].flatten(1, 2)
 
 
 def _in_full_precision(model: nn.Module) -> nn.Module:

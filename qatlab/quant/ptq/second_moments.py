@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +11,8 @@ from torch.nn import functional as F
 from qatlab.quant.layers.linear import QuantConv2d, QuantLayer
 
 STRIP = 768  # columns of a product that are computed at once: few make small products, many leave little to be saved
+HELD_OUT = 4  # every fourth image
+TRIED_ROWS = 64  # of a weight, evenly drawn, on which options are tried
 
 
 def columns_of(layer: QuantLayer, x: Tensor) -> Tensor:
@@ -26,6 +30,11 @@ def rows_of(layer: QuantLayer, weight: Tensor) -> Tensor:
     """Return ``weight`` (out, in, ...) of ``layer`` as (groups, m, n): the rows that meet those of ``columns_of``."""
     groups = layer.groups if isinstance(layer, QuantConv2d) else 1
     return weight.reshape(groups, len(weight) // groups, -1)
+
+
+def tried_rows(count: int) -> Tensor:
+    """Return the places of at most TRIED_ROWS of ``count`` rows of a weight, evenly drawn, int64."""
+    return torch.linspace(0, count - 1, min(count, TRIED_ROWS)).round().long()
 
 
 def _padding(layer: QuantConv2d) -> tuple[int, ...]:
@@ -88,3 +97,34 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return other if one is None else one
     return torch.add(one, other)
+
+
+def moments_of(
+    layer: QuantLayer, inputs: Sequence[Tensor], full: Sequence[Tensor] = (), constant: bool = False
+) -> tuple[SecondMoments, SecondMoments]:
+    """Return the moments of the rounded inputs of ``layer`` over three quarters of the images, and over every fourth image.
+
+    ``inputs`` are the layer's inputs in each batch, before it rounds them, and ``full`` the same in full precision, where
+    the moments of the differences are wanted. With ``constant`` every row gets a last element of 1, which meets the bias.
+    """
+    kept, held_out = SecondMoments(), SecondMoments()
+    image = 0
+    for place, x in enumerate(inputs):
+        rows = _columns(layer, layer.rounded_input(x, layer.act_quantizer), constant)
+        exact = _columns(layer, full[place], constant) if full else None
+        last = (torch.arange(len(x), device=x.device) + image) % HELD_OUT == HELD_OUT - 1
+        image += len(x)
+        for moments, which in ((kept, ~last), (held_out, last)):
+            if bool(which.any()):
+                moments.update(_of_images(rows, which), None if exact is None else _of_images(exact, which))
+    return kept, held_out
+
+
+def _columns(layer: QuantLayer, x: Tensor, constant: bool) -> Tensor:
+    rows = columns_of(layer, x)
+    return F.pad(rows, (0, 1), value=1.0) if constant else rows
+
+
+def _of_images(rows: Tensor, which: Tensor) -> Tensor:
+    """Return those of the ``rows`` (groups, B * tokens, n) that belong to the images ``which`` (B,)."""
+    return rows.unflatten(1, (len(which), -1))[:, which].flatten(1, 2)
