@@ -31,6 +31,7 @@ from qatlab.quant.layers.lora import LoRA
 from qatlab.quant.quantizers.lr_qat import LRQAT
 from qatlab.quant.quantizers.raana import RaanA
 from qatlab.quant.rewrites.outlier_channels import OutlierChannels
+from qatlab.quant.rewrites.repq import RepQ
 from qatlab.quant.rewrites.rotation import Rotation
 from qatlab.quant.rewrites.smoothquant import SmoothQuant
 
@@ -104,6 +105,7 @@ def attention(softmax: str, act: Any = None, **options: Any) -> Make:
 
 
 W8, A8 = partial(MinMax, bits=8, per_channel=True), partial(MinMax, bits=8)
+ASYMMETRIC = partial(MinMax, bits=8, symmetric=False, observer="mse")
 LSQ_W, LSQ_PC, LSQ_A = partial(LSQ, bits=8), partial(LSQ, bits=8, per_channel=True), partial(LSQ, bits=8)
 LR_QAT = partial(LRQAT, bits=8, per_channel=True)
 # Each rounds weights and activations.
@@ -147,6 +149,7 @@ METHODS = {
     "smooth_0.5": Method(plain(W8, A8, SmoothQuant(0.5)), 2),
     "smooth_search": Method(plain(W8, A8, SmoothQuant("search", W8, A8)), 2),
     "outliers": Method(plain(W8, A8, outliers=OutlierChannels(budget=0.003)), 2),
+    "repq": Method(plain(W8, ASYMMETRIC, RepQ(ASYMMETRIC)), 2),
     "rotation_lsq": Method(plain(LSQ_PC, LSQ_A, Rotation()), trained=True),
     "mixed": Method(mixed_precision, 4),
     "lsq": Method(plain(LSQ_W, LSQ_A), trained=True, step=LSQ_STEP),

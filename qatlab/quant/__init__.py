@@ -26,6 +26,7 @@ from qatlab.quant.quantizers.lsq_plus import LSQPlus
 from qatlab.quant.quantizers.minmax import MinMax
 from qatlab.quant.quantizers.raana import RaanA
 from qatlab.quant.rewrites.outlier_channels import OutlierChannels
+from qatlab.quant.rewrites.repq import RepQ
 from qatlab.quant.rewrites.rotation import Rotation
 from qatlab.quant.rewrites.smoothquant import SmoothQuant
 
@@ -51,6 +52,7 @@ __all__ = [
     "Quantizer",
     "RaanA",
     "RandomHadamard",
+    "RepQ",
     "Ridge",
     "Rotation",
     "SmoothQuant",
