@@ -25,6 +25,7 @@ from qatlab.models.clip import require_finite, untrained
 from qatlab.models.text_tower import TextTower, of_image, of_text
 from qatlab.quant import QuantLayer, calibrate, quantize
 from qatlab.quant.layers.walk import attention_products
+from qatlab.quant.rewrites.choose import least_error
 from qatlab.towers.batch_norms import fold_batch_norms, has_batch_norms
 from qatlab.towers.registry import final_projections
 from qatlab.towers.structure import is_plain_convolution, reads_image
@@ -41,6 +42,13 @@ _TEXT_LIKE_IMAGES = "text like images"
 # Options that a method's name leaves out: rows have the bits and the seed in columns of their own, and log s is how a scale is
 # learned, not what is rounded.
 _UNTOLD = ("_target_", "bits", "seed", "log_scale")
+
+
+Say = Callable[[str], None]
+
+
+def _unheard(line: str) -> None:
+    """Take a line of progress that nobody reads."""
 
 
 def method(config: QuantConfig) -> str:
@@ -104,14 +112,14 @@ def check_quantizers(config: QuantConfig) -> None:
 
 
 def fitted_copy(
-    visual: nn.Module, config: QuantConfig, batches: Callable[[], Iterable[Tensor]]
+    visual: nn.Module, config: QuantConfig, batches: Callable[[], Iterable[Tensor]], say: Say = _unheard
 ) -> tuple[nn.Module, QuantConfig]:
     """Return a copy of ``visual``, rewritten, quantized and calibrated on ``batches()``, and ``config`` with the bits planned.
 
     ``batches`` is called by each step that reads the calibration images, and gives them from the first one on: normalised,
-    (B, 3, S, S), on the device of ``visual``.
+    (B, 3, S, S), on the device of ``visual``. ``say`` is told how far a search has come that takes long.
     """
-    return _fitted(fold_batch_norms(copy.deepcopy(visual)), config, batches)
+    return _fitted(fold_batch_norms(copy.deepcopy(visual)), config, batches, say)
 
 
 def left_alone(visual: nn.Module, layers: Iterable[str], config: QuantConfig) -> list[str]:
@@ -182,22 +190,24 @@ def quantized_text(model: nn.Module, config: QuantConfig) -> TextTower:
 
 
 def fitted_text(
-    model: nn.Module, config: QuantConfig, batches: Callable[[], Iterable[Tensor]]
+    model: nn.Module, config: QuantConfig, batches: Callable[[], Iterable[Tensor]], say: Say = _unheard
 ) -> tuple[TextTower, QuantConfig]:
     """Return a copy of the text tower of the open_clip ``model``, rewritten, quantized and calibrated, and its ``config``.
 
     ``config`` is returned with the bits planned. ``batches`` is that of ``fitted_copy``, but gives tokens (B, L) int64, on
     the device of ``model``. Raises UserError as ``quantized_text`` does.
     """
-    return _fitted(TextTower(model), config, batches)
+    return _fitted(TextTower(model), config, batches, say)
 
 
-def _fitted(model: nn.Module, config: QuantConfig, batches: Callable[[], Iterable[Tensor]]) -> tuple[Any, QuantConfig]:
+def _fitted(
+    model: nn.Module, config: QuantConfig, batches: Callable[[], Iterable[Tensor]], say: Say
+) -> tuple[Any, QuantConfig]:
     """Return ``model``, a copy of a tower that is changed in place, fitted on ``batches()``, and the planned ``config``."""
     own = _options_of(model, config)
     # In this order: a rewrite changes the ranges that bits are planned for, and scales are those of the planned bits.
     if config.rewrite is not None:
-        model = _rewrite(config)(model, batches())
+        model = _chosen_rewrite(model, config, batches, say)(model, batches())
     if config.plan is not None:
 
         def make(rules: dict[str, Any], **slots: Any) -> nn.Module:
@@ -213,6 +223,24 @@ def _fitted(model: nn.Module, config: QuantConfig, batches: Callable[[], Iterabl
         model = _outliers(config)(model, batches())
     calibrate(model, batches(), _compensation(config))
     return model, config
+
+
+def _chosen_rewrite(
+    model: nn.Module, config: QuantConfig, batches: Callable[[], Iterable[Tensor]], say: Say
+) -> Callable[[Any, Iterable[Tensor]], Any]:
+    """Return the rewrite of ``config``; of several candidates, such as rotations of several seeds, the one of least error."""
+    rewrite = _rewrite(config)
+    candidates = rewrite.candidates() if hasattr(rewrite, "candidates") else [rewrite]
+    if len(candidates) == 1:
+        chosen: Callable[[Any, Iterable[Tensor]], Any] = candidates[0]
+        return chosen
+
+    def quantized(tower: nn.Module) -> nn.Module:
+        converted: nn.Module = _converted(tower, _options_of(tower, config))
+        calibrate(converted, batches(), _compensation(config))
+        return converted
+
+    return least_error(model, candidates, quantized, batches, say)
 
 
 def _options_of(model: nn.Module, config: QuantConfig) -> QuantConfig:

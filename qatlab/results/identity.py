@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qatlab.config import Config, deciding, flat, is_quantized, load
 from qatlab.config.named_files import Contents, of_evaluation, of_model
+from qatlab.config.trust import TARGET
 from qatlab.core.hashing import digest
 from qatlab.core.secrets import public
 from qatlab.models.architecture import has_convolutions, has_linear_head
@@ -23,6 +24,8 @@ _NOT_IDENTITY = {
     "quant": ["kernels", "partial"],
     "data": ["cache"],
 }
+# Options of blocks that came after runs were made without them: at these values they change no id.
+_LATER = {"qatlab.quant.Rotation": {"seeds": 1}}
 NOT_SCORED = ("batch_size", "cache", "check")
 """Options of a suite that do not change the numbers: they say how or whether images are read and scored."""
 
@@ -70,6 +73,10 @@ def identity(config: Config, contents: Contents | None = None) -> Row:
         found["quant"]["rules"] = list(config.quant.rules.items())
     for group, names in _NOT_IDENTITY.items():
         found[group] = {key: value for key, value in found[group].items() if key not in names}
+    for slot, block in found["quant"].items():
+        if isinstance(block, dict) and block.get(TARGET) in _LATER:
+            later = _LATER[block[TARGET]]
+            found["quant"][slot] = {key: value for key, value in block.items() if later.get(key) != value}
     if not config.fit.from_scratch:
         told = {**told_by_files(config.model), **told_by_tokenizer(config.model)}
         found |= {f"model.{name} by its file": value for name, value in told.items()}

@@ -154,7 +154,7 @@ def _fit_image_tower(experiment: Experiment) -> None:
         return (chunk.to(processes.device) for chunk in images.split(experiment.config.suite.batch_size))
 
     visual = towers.full.visual.to(processes.device)
-    towers.student.visual, towers.quant = fitted_copy(visual, towers.asked, batches)
+    towers.student.visual, towers.quant = fitted_copy(visual, towers.asked, batches, processes.say)
     if towers.asked.plan is not None:
         processes.say(f"  {planned_bits(towers.student.visual)}")
     if towers.asked.outliers is not None:
@@ -186,7 +186,7 @@ def _fit_text_tower(experiment: Experiment) -> tuple[TextTower, dict[str, Any]]:
     tokens = _tokens(experiment)
     model: Any = towers.full.model
     batches = partial(tokens.split, experiment.config.suite.batch_size)
-    text, quant = fitted_text(model.to(processes.device), towers.asked, batches)
+    text, quant = fitted_text(model.to(processes.device), towers.asked, batches, processes.say)
     if towers.asked.plan is not None:
         processes.say(f"  {planned_bits(text)}")
     if towers.asked.outliers is not None:

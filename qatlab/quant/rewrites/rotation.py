@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qatlab.core.domains import Seed
+from qatlab.core.domains import Count, Seed
 from qatlab.core.errors import UserError
 from qatlab.quant.layers.linear import QuantLayer
 from qatlab.quant.quantizers.hadamard import RandomHadamard
@@ -68,6 +68,9 @@ class Rotation:
     QuaRot: any width, no transform across the heads before out_proj, and the last norm stays as it is, because a
     projection behind it may have no bias that could take the norm's bias.
 
+    With ``seeds`` above 1 it stands for that many rotations, drawn from ``seed``, ``seed`` + 1 and so on: ``candidates`` are
+    these, of which whoever quantizes the tower keeps the one of least error, and a call is refused.
+
     Raises UserError, before anything is changed, for a tower without known transformer blocks, for what is quantized or
     rotated already, and for a part that cannot be exact: with ``residual`` norms behind the layers, a norm of the mlp
     behind that of the block, patch merging; with ``heads`` a norm or a gate between the values and out_proj.
@@ -77,6 +80,7 @@ class Rotation:
     residual: bool = True
     mlp: bool = True
     heads: bool = True
+    seeds: Count = 1
 
     def __post_init__(self) -> None:
         if not (self.residual or self.mlp or self.heads):
@@ -84,11 +88,17 @@ class Rotation:
 
     def prepare(self, visual: nn.Module) -> nn.Module:
         """Return ``visual`` rotated, which is the form that a rewritten state dict loads into and needs no data."""
-        return self(visual)
+        return self.candidates()[0](visual)
+
+    def candidates(self) -> list[Rotation]:
+        """Return the rotations of which one is to be kept, each of one seed."""
+        return [replace(self, seed=self.seed + i, seeds=1) for i in range(self.seeds)]
 
     @torch.no_grad()
     def __call__(self, visual: nn.Module, batches: Iterable[Tensor] = ()) -> nn.Module:
         """Return ``visual``, rewritten in place; the images ``batches`` (B, 3, S, S) are not read."""
+        if self.seeds > 1:
+            raise UserError(f"seeds={self.seeds} are so many rotations: call one of candidates(), or give seeds=1.")
         # Everything that may be refused is checked before the first weight changes.
         _require_untouched(visual)
         found = rotatable(visual)
