@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qatlab.config import ModelConfig, compose
 from qatlab.core.errors import UserError
 from qatlab.data.embedded.sets import EmbeddedSet
+from qatlab.deploy.integer import integer_copy, integer_layers
 from qatlab.models import clip as clips
 from qatlab.models.quantized import check_quantizers, fitted_copy, load_quantized, quantized_copy, save_quantized
 from qatlab.quant import GPTQ, MinMax, QuantLayer, Ridge, calibrate, quant_layers, quantize
@@ -237,3 +238,19 @@ def test_a_copy_without_values_takes_the_state(tmp_path: Path) -> None:
     names = set(quantized_copy(clip.visual, config).state_dict())
     assert "proj.bias" in names
     assert "proj.bias" not in quantized_copy(clip.visual, compose("recipe=ptq", "quant.last=true").quant).state_dict()
+
+
+@torch.no_grad()
+def test_an_export_multiplies_the_corrected_layers_in_integers() -> None:
+    """The final projection, which had no bias, and a norm that was given one range are exported like any layer."""
+    options = ("quant/act=mse", "quant.act.symmetric=false", "quant.act.bits=4", "quant/rewrite=repq", *LAST)
+    clip = clips.load(ModelConfig())
+    seen = clip.preprocess.normalize(torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)]))
+    config = compose("recipe=ptq", "quant/compensate=ridge", "quant.compensate.strength=0.1", *options).quant
+    model, _ = fitted_copy(clip.visual, config, lambda: seen.split(4))
+    assert bool(quant_layers(model)["proj"].bias.any())  # type: ignore[union-attr]
+    simulated = model.eval()(seen)
+    exported = integer_copy(model)
+    assert len(integer_layers(exported)) == len(quant_layers(model))
+    # A sum of another order may fall on the other side of a rounding somewhere.
+    assert float((exported(seen) - simulated).norm() / simulated.norm()) < 0.02
