@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -102,7 +103,8 @@ def check_quantizers(config: QuantConfig) -> None:
     if is_quantized(config):
         # A multiple of the group size. Whether groups divide the layers of the real model shows once that model is loaded.
         width = 12 * ((config.weight or {}).get("group_size") or 64)
-        layer = quantize(nn.Sequential(nn.Linear(width, 768)), weight, act, adapter=adapter)
+        # By this name an error tells of the layer.
+        layer = quantize(nn.Sequential(OrderedDict({"a layer": nn.Linear(width, 768)})), weight, act, adapter=adapter)
         if compensation is not None:
             compensation().prepare(layer)
     if config.rewrite is not None:
@@ -217,12 +219,17 @@ def _fitted(
         planned = planner(config)(make, own.rules, batches)
         # As rules: the file of the run then says which bits each layer has, and whoever reads it needs no planner.
         config = replace(config, rules={**config.rules, **planned})
+    return _calibrated(model, config, batches), config
+
+
+def _calibrated(model: nn.Module, config: QuantConfig, batches: Callable[[], Iterable[Tensor]]) -> nn.Module:
+    """Return ``model``, a rewritten tower that is changed in place, quantized and calibrated on ``batches()``."""
     model = _converted(model, _options_of(model, config))
     if config.outliers is not None:
         # The ranges that scales are found for are those without the channels that stay in full precision.
         model = _outliers(config)(model, batches())
     calibrate(model, batches(), _compensation(config))
-    return model, config
+    return model
 
 
 def _chosen_rewrite(
@@ -234,13 +241,7 @@ def _chosen_rewrite(
     if len(candidates) == 1:
         chosen: Callable[[Any, Iterable[Tensor]], Any] = candidates[0]
         return chosen
-
-    def quantized(tower: nn.Module) -> nn.Module:
-        converted: nn.Module = _converted(tower, _options_of(tower, config))
-        calibrate(converted, batches(), _compensation(config))
-        return converted
-
-    return least_error(model, candidates, quantized, batches, say)
+    return least_error(model, candidates, lambda tower: _calibrated(tower, config, batches), batches, say)
 
 
 def _options_of(model: nn.Module, config: QuantConfig) -> QuantConfig:

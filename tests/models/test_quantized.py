@@ -255,9 +255,9 @@ def test_which_tower_is_quantized() -> None:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
-        ("ptq", ["quant.weight.bits=9"], r"quant\.weight(\.|: )bits=9: it takes a whole number from 2 to 8"),
-        ("ptq", ["quant.act.bits=1"], r"quant\.act(\.|: )bits=1"),
-        ("raana", ["quant.weight.bits=0"], r"quant\.weight(\.|: )bits=0: it takes a whole number from 1 to 8"),
+        ("ptq", ["quant.weight.bits=9"], r"quant\.weight(\.| of .*: )bits=9: it takes a whole number from 2 to 8"),
+        ("ptq", ["quant.act.bits=1"], r"quant\.act(\.| of .*: )bits=1"),
+        ("raana", ["quant.weight.bits=0"], r"quant\.weight(\.| of .*: )bits=0: it takes a whole number from 1 to 8"),
         ("ptq", ["quant.tower=txt"], r"quant\.tower=txt is unknown"),
         ("ptq", ["quant.calibration_images=0"], r"quant\.calibration_images=0: it takes a whole number from 1 on"),
         ("light_qat", ["quant.tower=text"], r"quant\.tower=text leaves nothing to train: set fit\.steps=0"),
@@ -266,7 +266,7 @@ def test_which_tower_is_quantized() -> None:
         ("ptq", ["+quant.rules={text.*: null}"], r"pattern 'text\.\*'.*quant\.tower=visual leaves the text tower"),
         ("ptq", ["+quant.rules={nothing: null}", "quant.tower=both"], r"'nothing', which matches no layer"),
         ("ptq", ["+quant.rules={transformer*: null}", "quant.tower=text"], r"matches no layer.*text\.transformer"),
-        ("ptq", ["quant/adapter=lora", "quant.adapter.rank=1000"], r"quant\.adapter: rank=1000"),
+        ("ptq", ["quant/adapter=lora", "quant.adapter.rank=1000"], r"quant\.adapter of .*: rank=1000"),
         ("mixed_precision", ["quant.plan.average_bits=3"], r"quant\.plan allows 3 bits .* candidates is 4"),
     ],
 )

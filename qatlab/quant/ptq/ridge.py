@@ -34,8 +34,6 @@ class Ridge:
     which makes up for the same errors.
     """
 
-    after_rounding = False
-
     @checked
     def __init__(
         self, strength: Annotated[float, Between(0, 100, above=True)] | Annotated[str, OneOf("search")] = "search"
@@ -91,9 +89,8 @@ class Ridge:
         if not isinstance(self.strength, str):
             return self.strength
         if not held_out.count:
-            return STRENGTHS[
-                -1
-            ]  # fewer images than are needed to hold one out tell little, and want the least correction
+            # Fewer images than are needed to hold one out tell little, and want the least correction.
+            return STRENGTHS[-1]
         some = tried_rows(len(rows))
         moments, others = _given(kept, group), _given(held_out, group)
         changes: dict[float | None, float] = {None: 0.0}

@@ -20,12 +20,7 @@ DAMPINGS = (0.01, 0.1, 1.0)
 
 
 class Compensation(Protocol):
-    """What fills ``quant.compensate``: changes weights and biases so that they make up for what rounding does.
-
-    ``after_rounding`` says whether the layer's own weight is rounded before it is corrected.
-    """
-
-    after_rounding: bool
+    """What fills ``quant.compensate``: changes weights and biases, before they are rounded, to make up for what rounding does."""
 
     def prepare(self, model: nn.Module) -> None:
         """Give the layers of ``model`` what ``correct`` fills, such as a bias; the corrected state loads into that form."""
@@ -90,18 +85,13 @@ class _Fitting:
     def __call__(self, name: str, inputs: list[Tensor]) -> None:
         """Correct the layer ``name`` and round its weight, for its ``inputs`` in each batch."""
         own, full = inputs[: self.count], inputs[self.count :]
-        after = self.compensation is not None and self.compensation.after_rounding
-        if not after:
+        if name in self.compensated:
             self._correct(name, own, full)
         if name in self.rounded:
             layer, quantizer = self.rounded[name]
             _round(layer, quantizer, own, full if quantizer.alpha > 0 else [])
-        if after:
-            self._correct(name, own, full)
 
     def _correct(self, name: str, own: list[Tensor], full: list[Tensor]) -> None:
-        if name not in self.compensated:
-            return
         assert self.compensation is not None
         assert self.full is not None
         layer, exact = self.compensated[name], self.full.get_submodule(name)
