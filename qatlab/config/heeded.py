@@ -144,7 +144,7 @@ def _unread(block: str, *scores: str) -> Callable[[Config], str]:
 
 
 _STEPS = ("batch_size", "unique_samples", "lr", "schedule", "warmup", "grad_clip", "eval_every", "checkpoint_every")
-_BESIDE = ("outliers", "attention", "compensate")
+_BESIDE = ("outliers", "attention", "compensate", "registers")
 _TOWERS = ("tower", "rules", "first", "last", "kernels", "matmul", "partial", "rewrite", "adapter", "plan", *_BESIDE)
 _RULES = (
     Rule((*(f"fit.{name}" for name in (*_STEPS, "micro_batch", "teacher_bf16", "profile")), "objective"), _untrained),

@@ -241,6 +241,8 @@ class QuantConfig:
     """Quantizers of both products in attention, a _target_ block; choices in quant/attention=."""
     compensate: Slot = later(None)
     """Corrects weights and biases for what rounding does, a _target_ block; choices in quant/compensate=."""
+    registers: Slot = later(None)
+    """Takes outlier tokens out of the image tower, about and not exactly, a _target_ block; quant/rewrite=registers."""
 
 
 @dataclass
@@ -499,8 +501,8 @@ def chosen_loggers(logger: Any) -> dict[str, Any]:
 
 
 QUANT_SLOTS = ("weight", "act", "rewrite", "adapter", "plan", "attention", "compensate")
-# Blocks of quant with a group of choices each, and all that there are: ``outliers`` is a choice of the group of rewrites.
-QUANT_BLOCKS = (*QUANT_SLOTS, "outliers")
+# Blocks of quant with a group of choices each, and all that there are: the last two are choices of the group of rewrites.
+QUANT_BLOCKS = (*QUANT_SLOTS, "outliers", "registers")
 
 
 def is_quantized(config: QuantConfig, tower: str = "both") -> bool:

@@ -17,7 +17,7 @@ BLOCKS = frozenset(
         *(f"qatlab.quant.{name}" for name in ("DynamicMinMax", "GPTQ", "LRQAT", "LSQ", "LSQPlus", "LoRA", "MinMax")),
         *(f"qatlab.quant.{name}" for name in ("FP8", "MX", "NVFP4")),
         *(f"qatlab.quant.{name}" for name in ("MixedPrecision", "OutlierChannels", "RaanA", "Rotation", "SmoothQuant")),
-        *(f"qatlab.quant.{name}" for name in ("AttentionProducts", "RepQ", "Ridge")),
+        *(f"qatlab.quant.{name}" for name in ("AttentionProducts", "CachedRegisters", "RepQ", "Ridge")),
         *(f"qatlab.callbacks.{name}" for name in ("Calibration", "OOD", "Predictions", "Refits", "Spurious")),
         "qatlab.callbacks.Temperature",
         "qatlab.data.CaptionShards",

@@ -87,6 +87,8 @@ def quantized_copy(visual: nn.Module, config: QuantConfig, folded: bool = True) 
     model = copy.deepcopy(visual)
     if folded:
         fold_batch_norms(model)
+    if config.registers is not None:
+        model = _factory(config.registers)().prepare(model)
     if config.rewrite is not None:
         # A rewrite may add modules and change weights; the state to load has the values of both.
         model = _rewrite(config).prepare(model)
@@ -110,6 +112,8 @@ def check_quantizers(config: QuantConfig) -> None:
     if config.rewrite is not None:
         _rewrite(config)
     _outliers(config)
+    if config.registers is not None:
+        _factory(config.registers)()
     planner(config)
 
 
@@ -207,7 +211,10 @@ def _fitted(
 ) -> tuple[Any, QuantConfig]:
     """Return ``model``, a copy of a tower that is changed in place, fitted on ``batches()``, and the planned ``config``."""
     own = _options_of(model, config)
-    # In this order: a rewrite changes the ranges that bits are planned for, and scales are those of the planned bits.
+    # In this order: registers are found in the neurons of the checkpoint, a rewrite changes the ranges that bits are planned
+    # for, and scales are those of the planned bits.
+    if own.registers is not None:
+        model = _factory(own.registers)()(model, batches())
     if config.rewrite is not None:
         model = _chosen_rewrite(model, config, batches, say)(model, batches())
     if config.plan is not None:
@@ -251,14 +258,14 @@ def _options_of(model: nn.Module, config: QuantConfig) -> QuantConfig:
     """
     if not isinstance(model, TextTower):
         return replace(config, rules=of_image(config))
-    for option in ("adapter", "first"):
+    for option in ("adapter", "first", "registers"):
         if config.tower == "text" and getattr(config, option):
             raise UserError(
                 f"quant.{option} is for the image tower, which quant.tower=text leaves as it is: leave it out, or set "
                 "quant.tower=both."
             )
     # A text tower reads no image, and is not trained, so that an adapter in it would stay without effect.
-    return replace(config, rules=of_text(model, config), adapter=None, first=False)
+    return replace(config, rules=of_text(model, config), adapter=None, first=False, registers=None)
 
 
 def save_quantized(module: nn.Module, path: Path, model: ModelConfig, config: QuantConfig) -> None:

@@ -92,7 +92,9 @@ def _open_clip(block: Block) -> Iterator[Edge]:
     if norm:
         yield Edge("in_proj", (Reader(f"{attention}.in_proj", projections.in_weight),), norm)
     inner = projections.inner_norm
-    values = values_of(projections.in_weight, projections.in_bias) if inner is None else affine(inner)
+    values = affine(inner) if inner is not None else values_of(projections.in_weight, projections.in_bias)
+    if inner is None and projections.own_values is not None:
+        values = (*values, projections.own_values)
     if values:
         yield Edge("out_proj", (Reader(f"{attention}.out_proj", projections.out.weight),), values)
     norm = affine(block.norm_2.part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from open_clip.transformer import Attention as OpenClipAttention
 from open_clip.transformer import (
@@ -96,6 +97,7 @@ def _projections(attention: nn.Module) -> Projections | None:
     inner = getattr(attention, "ln_inner", None)
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     assert isinstance(weight, Tensor)
+    registers: Any = getattr(attention, "registers", None)
     # ``called`` is False, because both classes give the weights of their projections to a function.
     return Projections(
         attention.num_heads,
@@ -104,4 +106,5 @@ def _projections(attention: nn.Module) -> Projections | None:
         attention.out_proj,
         inner if isinstance(inner, nn.LayerNorm) else None,
         called=False,
+        own_values=registers.values if registers else None,
     )

@@ -79,7 +79,9 @@ class Writes:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """The ``rows`` of a ``layer`` that make an attention's values, of ``width`` features each head, and of a ``bias`` beside it.
+    """The ``rows`` of a ``layer`` that make an attention's values, of ``width`` features each head, and what is ``beside`` it.
+
+    That is a bias (heads * width,), or values (heads * width, n) that come from no token.
 
     ``out`` (out, heads * width) is the weight that reads the weighted means of the values.
     """
@@ -88,13 +90,13 @@ class Heads:
     layer: Layer
     rows: slice
     out: Tensor
-    bias: Tensor | None = None
+    beside: Tensor | None = None
 
     @property
     def values(self) -> tuple[Tensor, ...]:
         """The rows (heads * width, ...) of all tensors that make values."""
         found = tuple(tensor[self.rows] for tensor in self.layer.tensors)
-        return found if self.bias is None else (*found, self.bias)
+        return found if self.beside is None else (*found, self.beside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +235,9 @@ def _open_clip(block: Block) -> Unit:
         block.name,
         (Reads(block.norm_1, (in_proj,)), Reads(block.norm_2, (_layer(block.fc1.part),))),
         (Writes(_layer(projections.out), block.scale_1), Writes(_layer(block.fc2.part), block.scale_2)),
-        Heads(width // projections.heads, in_proj, slice(2 * width, None), projections.out.weight),
+        Heads(
+            width // projections.heads, in_proj, slice(2 * width, None), projections.out.weight, projections.own_values
+        ),
         Hidden(block.fc2, block.fc2.part.weight),
         obstacles,
         {

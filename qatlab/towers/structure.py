@@ -56,7 +56,8 @@ class Projections:
     """The weights with which an attention multiplies its tokens, as long as none of them is quantized.
 
     ``in_weight`` (3d, d) and ``in_bias`` (3d,) or None hold the rows of queries, keys and values, in this order;
-    ``out`` is the layer after the heads. ``inner_norm`` is between the values and ``out``. ``called`` says whether the
+    ``out`` is the layer after the heads, and ``own_values`` (d, n) are values that the attention finds beside those of its
+    tokens, the heads' channels first, None without any. ``inner_norm`` is between the values and ``out``. ``called`` says whether the
     attention calls layers for both products. Where it reads their weights instead, a quantized layer in their place
     would never run.
     """
@@ -67,6 +68,7 @@ class Projections:
     out: nn.Linear
     inner_norm: nn.LayerNorm | None
     called: bool
+    own_values: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from qatlab.core.errors import UserError
 from qatlab.quant.layers.products import AttentionProducts
+from qatlab.quant.layers.registers import Registers
 from qatlab.towers import open_clip_resnet, open_clip_vit, timm_eva
 from qatlab.towers.structure import joined
 
@@ -42,6 +43,7 @@ class QuantAttention(nn.Module):
         self.num_heads, self.dropout, self.batch_first = source.num_heads, source.dropout, source.batch_first
         self.in_proj = make(f"{name}.in_proj", linear_of(source.in_proj_weight, source.in_proj_bias))
         self.out_proj = make(f"{name}.out_proj", linear_of(source.out_proj.weight, source.out_proj.bias))
+        self.registers = source.registers if isinstance(source, RegisteredAttention) else None
         # A new module is in train mode, and the attention that it replaces may not be.
         self.train(source.training)
 
@@ -60,6 +62,8 @@ class QuantAttention(nn.Module):
         x = query if self.batch_first else query.transpose(0, 1)
         q, k, v = _heads(self.in_proj(x), self.num_heads)
         mask = _additive(attn_mask, q)
+        if self.registers is not None:
+            k, v, mask = self.registers(k, v, mask)
         x = _attended(self.products, q, k, v, mask, self.dropout if self.training else 0.0)
         x = self.out_proj(x.transpose(1, 2).flatten(2))
         return (x if self.batch_first else x.transpose(0, 1)), None
@@ -67,6 +71,23 @@ class QuantAttention(nn.Module):
     def extra_repr(self) -> str:
         """Return the number of heads shown by ``print(model)``."""
         return f"num_heads={self.num_heads}"
+
+
+class RegisteredAttention(nn.MultiheadAttention):
+    """Self-attention of an nn.MultiheadAttention, in full precision and with its Parameters, in which there are ``registers``."""
+
+    registers: Registers
+
+    def __init__(self, source: nn.MultiheadAttention, registers: Registers) -> None:
+        # The state of the source, and no weights of its own, which would be allocated only to be replaced.
+        nn.Module.__init__(self)
+        self.__dict__.update(source.__dict__)
+        self._parameters, self._modules = dict(source._parameters), dict(source._modules)
+        self.registers = registers
+
+    def forward(self, *tokens: Tensor, **options: Any) -> Any:
+        """Return what ``QuantAttention`` does with layers in full precision."""
+        return QuantAttention(self, "attention", lambda _, layer: layer)(*tokens, **options)
 
 
 class QuantOpenClipAttention(nn.Module):
