@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import polars as pl
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qatlab.config import QuantConfig, is_quantized
 from qatlab.config.trust import targets
@@ -34,10 +35,12 @@ from qatlab.models.quantized import (
     whole_tower,
 )
 from qatlab.models.text_tower import TextTower, class_drift
-from qatlab.quant import layer_report, quant_layers, verify
+from qatlab.quant import full_precision, layer_report, quant_layers, verify
 from qatlab.quant.inspect.bits import planned_bits
 from qatlab.quant.inspect.coverage import SHARES, coverage, statement, warning
 from qatlab.quant.inspect.kept import kept_channels, told
+from qatlab.quant.inspect.registers import told as registers_told
+from qatlab.quant.layers.walk import evaluating
 from qatlab.results.run import Run
 from qatlab.stages.experiment import Experiment
 from qatlab.stages.towers import RunTowers
@@ -159,6 +162,17 @@ def _fit_image_tower(experiment: Experiment) -> None:
         processes.say(f"  {planned_bits(towers.student.visual)}")
     if towers.asked.outliers is not None:
         processes.say(f"  {told(kept_channels(towers.student.visual))}")
+    if towers.asked.registers is not None:
+        cosine = _unrounded_cosine(visual, towers.student.visual, images[:REPORT_SAMPLES].to(processes.device))
+        processes.say(
+            f"  {registers_told(towers.student.visual)}; cosine to full precision before rounding {cosine:.4f}"
+        )
+
+
+def _unrounded_cosine(full: nn.Module, quantized: nn.Module, images: Tensor) -> float:
+    """Return the mean cosine of the features of ``full`` and of ``quantized``, which rounds nothing here, on ``images``."""
+    with evaluating(full), evaluating(quantized), full_precision(quantized):
+        return float(F.cosine_similarity(full(images), quantized(images), dim=-1).mean())
 
 
 def _text_tower(experiment: Experiment, finished: bool) -> tuple[TextTower, bool]:

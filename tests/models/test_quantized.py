@@ -262,6 +262,7 @@ def test_which_tower_is_quantized() -> None:
         ("ptq", ["quant.calibration_images=0"], r"quant\.calibration_images=0: it takes a whole number from 1 on"),
         ("light_qat", ["quant.tower=text"], r"quant\.tower=text leaves nothing to train: set fit\.steps=0"),
         ("ptq", ["quant.tower=text", "quant.first=true"], r"quant\.first is for the image tower.*leave it out"),
+        ("ptq", ["quant.tower=text", "quant/rewrite=registers"], r"quant\.registers is for the image tower"),
         ("qat_lora", ["quant.tower=text", "fit.steps=0"], r"quant\.adapter is for the image tower"),
         ("ptq", ["+quant.rules={text.*: null}"], r"pattern 'text\.\*'.*quant\.tower=visual leaves the text tower"),
         ("ptq", ["+quant.rules={nothing: null}", "quant.tower=both"], r"'nothing', which matches no layer"),

@@ -40,8 +40,8 @@ class CachedRegisters:
     value of the outlier tokens, as often as an image has such tokens on average (log n is added to its logits).
 
     ``neurons`` is how many are taken out; "search" takes the one of COUNTS whose features have the largest mean cosine to
-    the full-precision ones on every fourth image, which is left out for that. The outputs change a little, what no other
-    rewrite does: the cosine is printed.
+    the full-precision ones on every fourth image, which is left out for that. The outputs change a little, which they do by
+    no other rewrite.
 
     Raises UserError, before anything is changed, for a tower that is not of open_clip's plain transformer blocks, and for
     one without outlier tokens.
@@ -50,8 +50,6 @@ class CachedRegisters:
     @checked
     def __init__(self, neurons: Count | Annotated[str, OneOf("search")] = "search") -> None:
         self.neurons = neurons
-        self.cosine: float | None = None
-        self.taken: dict[str, int] = {}
 
     def prepare(self, visual: nn.Module) -> nn.Module:
         """Return ``visual`` with empty registers in all its attentions; a state dict brings their number."""
@@ -75,34 +73,35 @@ class CachedRegisters:
             found = _Found(visual, blocks, kept, masks)
         first = next(place for place, large in enumerate(entered) if large)
         registers = {place: found.registers(place) for place in range(first, len(blocks))}
-        ranked = found.ranked[: max(COUNTS) if self.neurons == "search" else self.neurons]
-        counts = COUNTS if self.neurons == "search" else (self.neurons,)
+        taken = found.ranked[: self._searched(visual, registers, found.ranked, held_out)]
+        _put_registers(blocks, registers)
+        _take_out(blocks, taken)
+        return visual
+
+    def _searched(
+        self,
+        visual: nn.Module,
+        registers: dict[int, Registers],
+        ranked: Sequence[tuple[int, int]],
+        held_out: Sequence[Tensor],
+    ) -> int:
+        """Return how many of the ``ranked`` neurons are taken out of ``visual``, by its features of the images ``held_out``."""
+        if isinstance(self.neurons, int):
+            return self.neurons
+        cosines: dict[int, float] = {}
         with evaluating(visual):
             full = torch.cat([visual(batch) for batch in held_out])
-            cosines: dict[int, float] = {}
             trial = copy.deepcopy(visual)
-            _put_registers(_blocks(trial), registers)
+            blocks = _blocks(trial)
+            _put_registers(blocks, registers)
             done = 0
             # Each number takes out some neurons more, so that one copy of the tower serves all of them.
-            for count in counts:
-                _take_out(_blocks(trial), ranked[done:count])
+            for count in COUNTS:
+                _take_out(blocks, ranked[done:count])
                 done = count
                 features = torch.cat([trial(batch) for batch in held_out])
                 cosines[count] = float(F.cosine_similarity(features, full, dim=-1).mean())
-        best = max(cosines, key=cosines.__getitem__)
-        _put_registers(blocks, registers)
-        _take_out(blocks, ranked[:best])
-        self.cosine = cosines[best]
-        self.taken = {blocks[place].fc2.name: sum(at == place for at, _ in ranked[:best]) for place, _ in ranked[:best]}
-        return visual
-
-    def told(self) -> str:
-        """Return a line on the neurons that were taken out, and on what that changed."""
-        neurons = ", ".join(f"{name} ({count})" for name, count in sorted(self.taken.items()))
-        return (
-            f"registers in place of {sum(self.taken.values())} neurons: {neurons}; cosine to full precision before rounding "
-            f"{self.cosine:.4f}"
-        )
+        return max(cosines, key=cosines.__getitem__)
 
 
 class _Found:
