@@ -26,8 +26,8 @@ from qatlab.quant.quantizers.lsq_plus import LSQPlus
 from qatlab.quant.quantizers.minmax import MinMax
 from qatlab.quant.quantizers.raana import RaanA
 from qatlab.quant.rewrites.outlier_channels import OutlierChannels
-from qatlab.quant.rewrites.repq import RepQ
 from qatlab.quant.rewrites.registers import CachedRegisters
+from qatlab.quant.rewrites.repq import RepQ
 from qatlab.quant.rewrites.rotation import Rotation
 from qatlab.quant.rewrites.smoothquant import SmoothQuant
 

@@ -57,9 +57,9 @@ class Projections:
 
     ``in_weight`` (3d, d) and ``in_bias`` (3d,) or None hold the rows of queries, keys and values, in this order;
     ``out`` is the layer after the heads, and ``own_values`` (d, n) are values that the attention finds beside those of its
-    tokens, the heads' channels first, None without any. ``inner_norm`` is between the values and ``out``. ``called`` says whether the
-    attention calls layers for both products. Where it reads their weights instead, a quantized layer in their place
-    would never run.
+    tokens, the heads' channels first, None without any. ``inner_norm`` is between the values and ``out``. ``called`` says
+    whether the attention calls layers for both products. Where it reads their weights instead, a quantized layer in their
+    place would never run.
     """
 
     heads: int

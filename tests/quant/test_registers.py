@@ -95,7 +95,8 @@ def test_the_neuron_that_makes_outliers_is_found_and_hardly_missed(planted: nn.M
     rewrite = CachedRegisters(neurons=1)
     model = rewrite(copy.deepcopy(planted), [images[:5], images[5:]])
     first = model.transformer.resblocks[0].mlp
-    assert not first.c_fc.weight[NEURON].any() and first.c_fc.bias[NEURON] == 0
+    assert not first.c_fc.weight[NEURON].any()
+    assert first.c_fc.bias[NEURON] == 0
     assert not first.c_proj.weight[:, NEURON].any()
     assert widest(model, images)[name] < before[name] / 10
     registers = [block.attn.registers for block in model.transformer.resblocks]
@@ -148,7 +149,8 @@ def test_quantized_it_keeps_its_registers_and_loads_bit_for_bit(planted: nn.Modu
     config = compose("recipe=ptq", "quant/rewrite=[registers,rotation]").quant
     model, _ = fitted_copy(planted, config, lambda: [images])
     attention = model.transformer.resblocks[1].attn
-    assert isinstance(attention, QuantAttention) and len(attention.registers) == 1
+    assert isinstance(attention, QuantAttention)
+    assert len(attention.registers) == 1
     neurons = sum(silent_neurons(model).values())
     assert neurons in COUNTS
     assert told(model).startswith(f"registers in {len(registers_of(model))} attentions in place of {neurons} neurons")

@@ -85,7 +85,7 @@ class RegisteredAttention(nn.MultiheadAttention):
         self._parameters, self._modules = dict(source._parameters), dict(source._modules)
         self.registers = registers
 
-    def forward(self, *tokens: Tensor, **options: Any) -> Any:
+    def forward(self, *tokens: Tensor, **options: Any) -> Any:  # type: ignore[override]
         """Return what ``QuantAttention`` does with layers in full precision."""
         return QuantAttention(self, "attention", lambda _, layer: layer)(*tokens, **options)
 

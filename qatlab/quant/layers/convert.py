@@ -16,13 +16,13 @@ from qatlab.quant.layers.attention import Make, linear_of, stand_in
 from qatlab.quant.layers.linear import QuantConv2d, QuantLayer, QuantLinear, QuantProjection
 from qatlab.quant.layers.lora import LowRank
 from qatlab.quant.layers.products import AttentionProducts
-from qatlab.quant.layers.timm_products import give_products, is_known
 from qatlab.quant.layers.trainable import freeze_base
 from qatlab.quant.layers.walk import quant_layers
 from qatlab.quant.quantizers.base import Quantizer, of_weight
 from qatlab.towers import open_clip_text, timm_eva
 from qatlab.towers.registry import final_projections
 from qatlab.towers.structure import Place, is_plain_convolution, joined, reads_image
+from qatlab.towers.timm_products import give_products, is_known
 
 # A quantizer class, or a functools.partial of one, called with channels= and batched=.
 Factory = Callable[..., Quantizer]

@@ -54,9 +54,9 @@ class Registers(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         *_, errors = rest
-        found = [state.get(f"{prefix}{name}") for name in ("keys", "values", "log_count")]
-        if all(tensor is not None for tensor in found):
-            keys, values, log_count = found
+        names = [f"{prefix}{name}" for name in ("keys", "values", "log_count")]
+        if all(name in state for name in names):
+            keys, values, log_count = (state[name] for name in names)
             shape = (self.keys.shape[0], log_count.numel())
             if not keys.shape == values.shape == shape or log_count.ndim != 1:
                 errors.append(

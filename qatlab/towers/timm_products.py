@@ -1,4 +1,4 @@
-"""timm's attentions with quantized products: they call a function for these, in whose place ``AttentionProducts`` comes."""
+"""timm's attentions whose two products a module computes, in the place of the function that they call for these."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qatlab.quant.layers.products import AttentionProducts
-
 
 class _InPlace(TorchFunctionMode):
     """Inside this context ``products`` computes what scaled_dot_product_attention is asked for."""
 
-    def __init__(self, products: AttentionProducts) -> None:
+    def __init__(self, products: nn.Module) -> None:
         super().__init__()
         self.products = products
 
@@ -39,13 +37,14 @@ class _InPlace(TorchFunctionMode):
         """Return the heads' outputs (B, heads, Q, d), as torch's function takes its arguments."""
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        return self.products(query, key, value, attn_mask, dropout_p, scale)
+        found: Tensor = self.products(query, key, value, attn_mask, dropout_p, scale)
+        return found
 
 
-class _Quantized:
-    """An attention whose two products are those of ``products``."""
+class _Given:
+    """An attention whose two products ``products`` computes."""
 
-    products: AttentionProducts
+    products: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the attention of full precision returns, with its arguments."""
@@ -53,22 +52,22 @@ class _Quantized:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class QuantTimmAttention(_Quantized, Attention):
-    """timm's attention of ViTs with quantized products."""
+class TimmAttentionOfProducts(_Given, Attention):
+    """timm's attention of ViTs with products of a module."""
 
 
-class QuantEvaAttention(_Quantized, EvaAttention):
-    """timm's attention of EVA towers with quantized products, behind their rotary embedding."""
+class EvaAttentionOfProducts(_Given, EvaAttention):
+    """timm's attention of EVA towers with products of a module, behind their rotary embedding."""
 
 
-class QuantAttentionPoolLatent(_Quantized, AttentionPoolLatent):
-    """timm's pool of SigLIP's and PE's towers with quantized products."""
+class LatentPoolOfProducts(_Given, AttentionPoolLatent):
+    """timm's pool of SigLIP's and PE's towers with products of a module."""
 
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
-    Attention: QuantTimmAttention,
-    EvaAttention: QuantEvaAttention,
-    AttentionPoolLatent: QuantAttentionPoolLatent,
+    Attention: TimmAttentionOfProducts,
+    EvaAttention: EvaAttentionOfProducts,
+    AttentionPoolLatent: LatentPoolOfProducts,
 }
 
 
@@ -78,7 +77,7 @@ def is_known(module: nn.Module) -> bool:
     return type(module) in _KINDS
 
 
-def give_products(module: Any, products: AttentionProducts) -> None:
+def give_products(module: Any, products: nn.Module) -> None:
     """Let ``module``, an attention of timm that ``is_known``, compute its products by ``products``, its new part."""
     module.products = products
     # The class is changed and no new module is made, so that all parts stay where they are, under their names.
