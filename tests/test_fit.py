@@ -47,6 +47,7 @@ STAGES = {
     "fp32": ["fp32"],
     "pretrain_tiny": ["trained"],
     **{recipe: ["fp32", "quantized"] for recipe in ("mixed_precision", "ptq", "raana", "smoothquant", "weight_only")},
+    "vit_literature": ["fp32", "quantized"],
 }
 DRAWN = ("fp32", "ptq", "light_qat_distill", "pretrain_tiny")  # whose pictures are looked at
 ADAPTED = ["fp32", "quantized", "adapted"]
