@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from qatlab.config import Config, compose, load, load_contents
@@ -127,7 +128,8 @@ def older(bank: Path, tmp_path: Path) -> Config:
     folder = run.folder.rename(tmp_path / "runs" / f"light_qat_distill-{old}")
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     assert stored.pop("contents") == {str(bank): sha256(bank)}
-    (folder / "config.yaml").write_text(yaml.safe_dump({**stored, "run_id": old}, sort_keys=False))
+    # OmegaConf quotes an id such as 6949e714, which it would read back as a number.
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**stored, "run_id": old})))
     return found
 
 
@@ -179,7 +181,7 @@ def test_training_f2_the_files_that_ids_knew_before_are_not_asked_about(
     run = opened(found)
     stored = yaml.safe_load((run.folder / "config.yaml").read_text())
     del stored["contents"]
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
+    (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(stored)))
     assert opened(found).folder == run.folder
     assert capsys.readouterr().out == ""
 
