@@ -220,8 +220,9 @@ def _fitted(
     if config.plan is not None:
 
         def make(rules: dict[str, Any], **slots: Any) -> nn.Module:
-            # Bits are planned for weights alone, and the grids of attention are not yet filled.
-            return _converted(copy.deepcopy(model), replace(own, rules=rules, attention=None, **slots))
+            # Bits are planned for weights alone: the grids of attention are not yet filled, and no layer is corrected.
+            alone = replace(own, rules=rules, attention=None, compensate=None, **slots)
+            return _converted(copy.deepcopy(model), alone)
 
         planned = planner(config)(make, own.rules, batches)
         # As rules: the file of the run then says which bits each layer has, and whoever reads it needs no planner.

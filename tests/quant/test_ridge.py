@@ -232,6 +232,17 @@ def test_what_a_run_leaves_gives_its_outputs_bit_for_bit(tmp_path: Path, options
         assert float(torch.cosine_similarity(model(seen), clip.visual(seen)).min()) > 0.7
 
 
+def test_bits_are_planned_before_layers_are_corrected() -> None:
+    clip = clips.load(ModelConfig())
+    images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    model, config = fitted_copy(
+        clip.visual, compose("recipe=mixed_precision", "quant/compensate=ridge").quant, lambda: [images]
+    )
+    assert len({layer.weight_quantizer.bits for layer in quant_layers(model).values()}) > 1
+    assert all(layer.bias is not None for layer in quant_layers(model).values())
+    assert config.rules
+
+
 def test_a_copy_without_values_takes_the_state(tmp_path: Path) -> None:
     config = compose("recipe=ptq", "quant/compensate=ridge", "quant.last=true").quant
     clip = clips.load(ModelConfig())
