@@ -12,12 +12,12 @@ import polars as pl
 import pytest
 import torch
 from brief import BRIEF
+from embedded_images import embedded_images
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qatlab.config import ModelConfig, compose
 from qatlab.core.errors import UserError
-from qatlab.data.embedded.sets import EmbeddedSet
 from qatlab.models import clip as clips
 from qatlab.models.quantized import fitted_copy, load_quantized
 from qatlab.quant import LRQAT, MinMax, merge, quant_layers, verify
@@ -37,8 +37,7 @@ def visual() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    pixels = torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)])
-    return clips.load(ModelConfig()).preprocess.normalize(pixels)
+    return embedded_images(clips.load(ModelConfig()))
 
 
 @torch.no_grad()

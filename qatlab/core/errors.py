@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # The outer quotes are for the shell, the inner ones for Hydra: both give braces a meaning of their own.
 QUOTED_SHARDS = "\"data.shards='/data/cc3m/{00000..00331}.tar'\""
@@ -15,6 +16,15 @@ class UserError(Exception):
 
     Entry points print the text without a traceback and exit with code 2.
     """
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Inside this context a UserError begins with ``what``, the layer or option that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -75,7 +75,7 @@ def tower_files(config: QuantConfig) -> list[str]:
 
 def planner(config: QuantConfig) -> Any:
     """Return the object that chooses the bits of every layer, None without one; raises UserError for options that do not fit."""
-    return config.plan and _factory(config.plan)()
+    return _built(config.plan)
 
 
 def quantized_copy(visual: nn.Module, config: QuantConfig, folded: bool = True) -> nn.Module:
@@ -88,7 +88,7 @@ def quantized_copy(visual: nn.Module, config: QuantConfig, folded: bool = True) 
     if folded:
         fold_batch_norms(model)
     if config.registers is not None:
-        model = _factory(config.registers)().prepare(model)
+        model = _built(config.registers).prepare(model)
     if config.rewrite is not None:
         # A rewrite may add modules and change weights; the state to load has the values of both.
         model = _rewrite(config).prepare(model)
@@ -101,19 +101,18 @@ def check_quantizers(config: QuantConfig) -> None:
     weight, act, adapter, attention = (_factory(getattr(config, slot)) for slot in _OF_LAYERS)
     if attention is not None:
         attention(heads=12)
-    compensation = _factory(config.compensate)
+    compensation = _built(config.compensate)
     if is_quantized(config):
         # A multiple of the group size. Whether groups divide the layers of the real model shows once that model is loaded.
         width = 12 * ((config.weight or {}).get("group_size") or 64)
         # By this name an error tells of the layer.
         layer = quantize(nn.Sequential(OrderedDict({"a layer": nn.Linear(width, 768)})), weight, act, adapter=adapter)
         if compensation is not None:
-            compensation().prepare(layer)
+            compensation.prepare(layer)
     if config.rewrite is not None:
         _rewrite(config)
-    _outliers(config)
-    if config.registers is not None:
-        _factory(config.registers)()
+    _built(config.outliers)
+    _built(config.registers)
     planner(config)
 
 
@@ -156,11 +155,8 @@ def products_left(model: nn.Module) -> list[str]:
     done = [name.rpartition(".")[0] for name in products]
     # Classes of other packages are known as attentions by their names only, the innermost where one holds another.
     named = [*done, *(name for name, of in model.named_modules() if "ttention" in type(of).__name__)]
-    left = [
-        name
-        for name in named
-        if name not in done and name not in products and not any(other.startswith(f"{name}.") for other in named)
-    ]
+    holding = {name for name in named for other in named if other.startswith(f"{name}.")}
+    left = [name for name in named if name not in {*done, *products, *holding}]
     what = f"QK^T and PV are quantized in {len(done)} of {len(done) + len(left)} attentions"
     return [f"{what}; in full precision stay those of {_some(left)}" if left else what]
 
@@ -214,7 +210,7 @@ def _fitted(
     # In this order: registers are found in the neurons of the checkpoint, a rewrite changes the ranges that bits are planned
     # for, and scales are those of the planned bits.
     if own.registers is not None:
-        model = _factory(own.registers)()(model, batches())
+        model = _built(own.registers)(model, batches())
     if config.rewrite is not None:
         model = _chosen_rewrite(model, config, batches, say)(model, batches())
     if config.plan is not None:
@@ -235,8 +231,8 @@ def _calibrated(model: nn.Module, config: QuantConfig, batches: Callable[[], Ite
     model = _converted(model, _options_of(model, config))
     if config.outliers is not None:
         # The ranges that scales are found for are those without the channels that stay in full precision.
-        model = _outliers(config)(model, batches())
-    calibrate(model, batches(), _compensation(config))
+        model = _built(config.outliers)(model, batches())
+    calibrate(model, batches(), _built(config.compensate))
     return model
 
 
@@ -444,7 +440,7 @@ def _converted(model: Any, config: QuantConfig) -> Any:
     model = quantize(model, weight, act, config.rules, config.first, config.last, adapter, attention)
     if config.compensate is not None:
         # A compensation may give layers a bias; the state to load has its values.
-        _compensation(config).prepare(model)
+        _built(config.compensate).prepare(model)
     return model
 
 
@@ -458,9 +454,9 @@ def _factory(block: Any) -> Any:
     return block and factory(block)  # an empty slot stays None
 
 
-def _compensation(config: QuantConfig) -> Any:
-    """Return the object that corrects calibrated layers, None without one."""
-    return config.compensate and _factory(config.compensate)()
+def _built(block: Any) -> Any:
+    """Return the object of a slot that is one for the whole tower, None for an empty slot."""
+    return block and factory(block)()
 
 
 def _rewrite(config: QuantConfig) -> Any:
@@ -471,14 +467,9 @@ def _rewrite(config: QuantConfig) -> Any:
     return _factory(config.rewrite)(**{name: factory for name, factory in given.items() if name in takes})
 
 
-def _outliers(config: QuantConfig) -> Any:
-    """Return what chooses the channels that stay in full precision, None where all are rounded."""
-    return config.outliers and _factory(config.outliers)()
-
-
 def _prepared(model: Any, config: QuantConfig) -> Any:
     """Return ``model``, whose layers are quantized, with the places for channels that stay in full precision."""
-    return model if config.outliers is None else _outliers(config).prepare(model)
+    return model if config.outliers is None else _built(config.outliers).prepare(model)
 
 
 def _named(block: dict[str, Any]) -> str:

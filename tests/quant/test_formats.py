@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from embedded_images import embedded_images
 from safetensors.torch import load_file
 from torch import Tensor
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
@@ -28,7 +29,6 @@ from torchao.quantization.quant_primitives import (
 from qatlab.config import ModelConfig, compose
 from qatlab.config.blocks import check_blocks
 from qatlab.core.errors import UserError
-from qatlab.data.embedded.sets import EmbeddedSet
 from qatlab.models import clip as clips
 from qatlab.models.quantized import fitted_copy
 from qatlab.quant import FP8, MX, NVFP4, MinMax, Quantizer, calibrate, layer_report, quant_layers, quantize, verify
@@ -398,7 +398,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(
 def test_smoothquant_searches_with_a_format(name: str) -> None:
     clip = clips.load(ModelConfig())
     config = compose("recipe=smoothquant", f"quant/weight={name}", f"quant/act={name}").quant
-    images = clip.preprocess.normalize(torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)]))
+    images = embedded_images(clip)
     model, _ = fitted_copy(clip.visual, config, lambda: [images])
     assert float(torch.cosine_similarity(model(images), clip.visual(images)).detach().min()) > 0.8
 

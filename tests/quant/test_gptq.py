@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from embedded_images import embedded_images
 from torch import Tensor, nn
 
 from qatlab.config import ModelConfig, compose
 from qatlab.core.errors import UserError
-from qatlab.data.embedded.sets import EmbeddedSet
 from qatlab.models import clip as clips
 from qatlab.models.quantized import fitted_copy, load_quantized, save_quantized
 from qatlab.quant import GPTQ, MinMax, QuantLayer, calibrate, quant_layers, quantize
@@ -204,8 +204,7 @@ def test_what_a_run_leaves_gives_its_outputs_bit_for_bit(tmp_path: Path) -> None
     options = ("recipe=ptq", "quant/rewrite=rotation", "quant/weight=gptq", "quant.weight.bits=4", "quant/act=mse")
     config = compose(*options).quant
     clip = clips.load(ModelConfig())
-    pixels = torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)])
-    seen = clip.preprocess.normalize(pixels)
+    seen = embedded_images(clip)
     model, config = fitted_copy(clip.visual, config, lambda: seen.split(4))
     save_quantized(model, tmp_path / "quantized.safetensors", ModelConfig(), config)
     with torch.no_grad():

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny_towers
 import torch
+from embedded_images import embedded_images
 from torch import Tensor, nn
 
 from qatlab.config import ModelConfig, compose
 from qatlab.core.errors import UserError
-from qatlab.data.embedded.sets import EmbeddedSet
 from qatlab.models import clip as clips
 from qatlab.models.quantized import check_quantizers, fitted_copy, load_quantized, save_quantized
 from qatlab.models.text_tower import TextTower
@@ -196,7 +196,7 @@ def test_a_text_tower_is_rewritten_exactly() -> None:
 def test_what_a_run_leaves_gives_its_outputs_bit_for_bit(tmp_path: Path) -> None:
     config = compose("recipe=ptq", "quant/act=mse", "quant.act.symmetric=false", "quant/rewrite=repq").quant
     clip = clips.load(ModelConfig())
-    seen = clip.preprocess.normalize(torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)]))
+    seen = embedded_images(clip)
     model, config = fitted_copy(clip.visual, config, lambda: seen.split(4))
     save_quantized(model, tmp_path / "quantized.safetensors", ModelConfig(), config)
     with torch.no_grad():

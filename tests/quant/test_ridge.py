@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from embedded_images import embedded_images
 from sklearn.linear_model import Ridge as RidgeRegression
 from torch import Tensor, nn
 
 from qatlab.config import ModelConfig, compose
 from qatlab.core.errors import UserError
-from qatlab.data.embedded.sets import EmbeddedSet
 from qatlab.deploy.integer import integer_copy, integer_layers
 from qatlab.models import clip as clips
 from qatlab.models.quantized import check_quantizers, fitted_copy, load_quantized, quantized_copy, save_quantized
@@ -222,8 +222,7 @@ LAST = ("quant.first=true", "quant.last=true")
 def test_what_a_run_leaves_gives_its_outputs_bit_for_bit(tmp_path: Path, options: tuple[str, ...]) -> None:
     config = compose("recipe=ptq", "quant/act=mse", "quant.act.bits=4", "quant/compensate=ridge", *options).quant
     clip = clips.load(ModelConfig())
-    pixels = torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)])
-    seen = clip.preprocess.normalize(pixels)
+    seen = embedded_images(clip)
     model, config = fitted_copy(clip.visual, config, lambda: seen.split(4))
     assert all(layer.bias is not None for layer in quant_layers(model).values())
     save_quantized(model, tmp_path / "quantized.safetensors", ModelConfig(), config)
@@ -256,7 +255,7 @@ def test_an_export_multiplies_the_corrected_layers_in_integers() -> None:
     """The final projection, which had no bias, and a norm that was given one range are exported like any layer."""
     options = ("quant/act=mse", "quant.act.symmetric=false", "quant.act.bits=4", "quant/rewrite=repq", *LAST)
     clip = clips.load(ModelConfig())
-    seen = clip.preprocess.normalize(torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)]))
+    seen = embedded_images(clip)
     config = compose("recipe=ptq", "quant/compensate=ridge", "quant.compensate.strength=0.1", *options).quant
     model, _ = fitted_copy(clip.visual, config, lambda: seen.split(4))
     assert bool(quant_layers(model)["proj"].bias.any())  # type: ignore[union-attr]

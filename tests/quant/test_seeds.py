@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded_images import embedded_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qatlab.config import ModelConfig, compose
 from qatlab.core.errors import UserError
-from qatlab.data.embedded.sets import EmbeddedSet
 from qatlab.models import clip as clips
 from qatlab.models.quantized import fitted_copy, load_quantized, quantized_copy, save_quantized
 from qatlab.quant import Rotation
@@ -29,8 +29,7 @@ def visual() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    pixels = torch.stack([EmbeddedSet("id", 8)[i][0] for i in range(8)])
-    return clips.load(ModelConfig()).preprocess.normalize(pixels)
+    return embedded_images(clips.load(ModelConfig()))
 
 
 @torch.no_grad()

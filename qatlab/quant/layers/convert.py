@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from qatlab.core.errors import UserError, nearest
+from qatlab.core.errors import UserError, naming, nearest
 from qatlab.quant.layers.attention import Make, linear_of, stand_in
 from qatlab.quant.layers.linear import QuantConv2d, QuantLayer, QuantLinear, QuantProjection
 from qatlab.quant.layers.lora import LowRank
@@ -87,13 +87,7 @@ def quantize(
     without layers or already quantized, an attention that cannot be replaced, and an adapter or products that none gets.
     """
     sites = _all_sites(model, patch_conv, final_proj)
-    names = [name for site in sites for name in site.layers]
-    if not names:
-        raise UserError(
-            f"{type(model).__name__} holds no layer to quantize: pass the encoder that holds linear layers."
-        )
-    if patch_conv and not any(reads_image(site.place.part) for site in sites):
-        raise UserError("quant.first is true, but the model has no convolution that reads an image of 3 channels.")
+    names = _names(model, sites, patch_conv)
     attentions = {f"{place.name}.products": place for place in _attentions(model, "")}
     slots = _slots([*names, *attentions], _Slots(weight, act, adapter, attention), rules or {})
     products = _products(attentions, slots)
@@ -124,6 +118,18 @@ def quantize(
     if any(isinstance(module, LowRank) for layer in layers for module in layer.modules()) or adapter is not None:
         freeze_base(model)
     return model
+
+
+def _names(model: nn.Module, sites: list[_Site], patch_conv: bool) -> list[str]:
+    """Return the names of the layers in ``sites``; UserError where there are none, or none that ``patch_conv`` asks for."""
+    names = [name for site in sites for name in site.layers]
+    if not names:
+        raise UserError(
+            f"{type(model).__name__} holds no layer to quantize: pass the encoder that holds linear layers."
+        )
+    if patch_conv and not any(reads_image(site.place.part) for site in sites):
+        raise UserError("quant.first is true, but the model has no convolution that reads an image of 3 channels.")
+    return names
 
 
 def layer_names(model: nn.Module, patch_conv: bool = False, final_proj: bool = False) -> list[str]:
@@ -181,10 +187,8 @@ def _quantized(
 
 def _built(name: str, slot: str, factory: Callable[..., Any] | None, **where: Any) -> Any:
     """Return what a slot's factory makes, or None without one; a UserError gets the slot and the layer's ``name`` in front."""
-    try:
+    with naming(f"quant.{slot} of {name}"):
         return None if factory is None else factory(**where)
-    except UserError as error:
-        raise UserError(f"quant.{slot} of {name}: {error}") from error
 
 
 def _sites(module: nn.Module, prefix: str, patch_conv: bool) -> Iterator[_Site]:

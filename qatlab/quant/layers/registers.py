@@ -14,8 +14,7 @@ class Registers(nn.Module):
 
     ``keys`` and ``values`` are (width, n), the heads' channels one after the other, as the rows of the weights that make them.
     ``log_count`` (n,) is added to the logits of a register: the logarithm of how many tokens it stands for. Without
-    registers nothing changes. Of a state dict all three are taken as they are, whatever n; other widths and values that are
-    not finite are refused.
+    registers nothing changes. Of a state dict all three are taken as they are, whatever n; other widths are refused.
     """
 
     keys: Tensor

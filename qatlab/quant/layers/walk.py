@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatlab.core.errors import UserError
 from qatlab.quant.layers.linear import QuantLayer
@@ -59,6 +59,16 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter of ``model``; here all parameters are on one device."""
     return next(model.parameters()).device
+
+
+def run_all(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Return the number of images, or texts, after a forward of ``model`` on each of ``batches`` (B, ...)."""
+    device, count = device_of(model), 0
+    for batch in batches:
+        if len(batch):
+            model(batch.to(device))
+            count += len(batch)
+    return count
 
 
 def require_called(layers: Iterable[str], called: Container[str]) -> None:

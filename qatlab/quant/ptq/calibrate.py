@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from qatlab.core.errors import UserError
+from qatlab.core.errors import UserError, naming
 from qatlab.quant.inspect.hooks import on_inputs
 from qatlab.quant.layers.products import AttentionProducts
 from qatlab.quant.layers.walk import (
     attention_products,
-    device_of,
     evaluating,
     full_precision,
     quant_layers,
     require_called,
+    run_all,
 )
 from qatlab.quant.ptq.round_weights import Compensation, reads_inputs, round_weights
 
@@ -43,7 +42,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], compensation: Compens
         # The quantizer cannot be read from the layer, whose slots are empty while it computes in full precision.
         quantizer = acts[name]
         if quantizer is not None:
-            with _naming(name, "input"):
+            with naming(f"layer {name}, input"):
                 quantizer.observe(layer.tokens(layer.to_round(inputs[0])))
 
     attentions = attention_products(model)
@@ -52,20 +51,16 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], compensation: Compens
         """Show the operands (B, heads, ., .) of an attention's products to their quantizers."""
         called.add(name)
         query, key, value, mask, _, scale = inputs
-        with _naming(name, "operands"):
+        with naming(f"layer {name}, operands"):
             products.observe(query, key, value, mask, scale)
 
-    images = 0
     with (
         evaluating(model),
         full_precision(model),
         on_inputs(layers, observe),
         on_inputs(attentions, observe_products),
     ):
-        for batch in batches:
-            if len(batch):
-                model(batch.to(device_of(model)))
-                images += len(batch)
+        images = run_all(model, batches)
     if images == 0:
         raise UserError("calibration got no images: give the quantizers at least one to find their scales on.")
     # A layer that was not called has no scale, and would raise an error only in the middle of a run.
@@ -86,15 +81,6 @@ def fit_weights(model: nn.Module) -> None:
     """
     for name, layer in quant_layers(model).items():
         if layer.weight_quantizer is not None:
-            with _naming(name, "weight"):
+            with naming(f"layer {name}, weight"):
                 layer.weight_quantizer.observe(layer.weight)
             layer.weight_quantizer.fit()
-
-
-@contextmanager
-def _naming(name: str, tensor: str) -> Iterator[None]:
-    """Inside this context a UserError begins with the layer's ``name`` and the ``tensor`` that it is about."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"layer {name}, {tensor}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qatlab.quant.layers.linear import QuantLayer
-from qatlab.quant.layers.walk import attention_products, device_of, evaluating, quant_layers
+from qatlab.quant.layers.walk import device_of, evaluating, full_precision, quant_layers
 from qatlab.quant.ptq.in_step import in_step
 from qatlab.quant.ptq.second_moments import SecondMoments, moments_of, rows_of, tried_rows
 from qatlab.quant.quantizers.gptq import GPTQ, gptq
@@ -47,12 +48,12 @@ def round_weights(model: nn.Module, batches: Iterable[Tensor], compensation: Com
     compensated = {} if compensation is None else compensation.layers(model)
     if not rounded and not compensated:
         return
-    with evaluating(model):
+    with evaluating(model), ExitStack() as contexts:
         images = [batch.to(device_of(model)) for batch in batches if len(batch)]
         runs = [(model, batch) for batch in images]
         full = None
         if compensated or any(quantizer.alpha > 0 for _, quantizer in rounded.values()):
-            full = _in_full_precision(model)
+            full = contexts.enter_context(full_precision(copy.deepcopy(model)))
             runs += [(full, batch) for batch in images]
         in_step(runs, {**compensated, **rounded}, _Fitting(rounded, compensated, compensation, full, len(images)))
 
@@ -139,13 +140,3 @@ def _rounded(
     ends = quantizer.qmin, quantizer.qmax
     act_order, alpha = quantizer.act_order, quantizer.alpha
     return gptq(rows, steps, ends, *moments, damping=damping, act_order=act_order, alpha=alpha)
-
-
-def _in_full_precision(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` that rounds nothing."""
-    model = copy.deepcopy(model)
-    for layer in quant_layers(model).values():
-        layer.weight_quantizer = layer.act_quantizer = None
-    for products in attention_products(model).values():
-        products.rounds = False
-    return model

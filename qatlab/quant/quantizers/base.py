@@ -217,3 +217,11 @@ def of_weight(factory: Callable[..., Quantizer], weight: Tensor) -> Quantizer:
     takes = inspect.signature(factory).parameters
     given = {size: count for size, count in sizes.items() if size in takes}
     return factory(channels=len(weight), batched=False, **given)
+
+
+def fitted(quantizer: Quantizer, x: Tensor) -> Quantizer:
+    """Return ``quantizer``, moved to the device of x and its scale fitted to x, a weight (channels, ...) or (..., channels)."""
+    quantizer = quantizer.to(x.device)
+    quantizer.observe(x)
+    quantizer.fit()
+    return quantizer

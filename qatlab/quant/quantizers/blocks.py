@@ -124,21 +124,11 @@ class NVFP4(Blocks):
     """
 
     size = 16
-    step: Tensor
 
     @checked
     def __init__(self, *, channels: int, batched: bool, inputs: int | None = None) -> None:
         super().__init__("e2m1", channels=channels, batched=batched, inputs=inputs)
         self.register_buffer("step", self._empty_scale())
-
-    @property
-    def scale(self) -> Tensor:
-        """The scale t of the tensor, ()."""
-        return self.step
-
-    def store_scale(self, scale: Tensor) -> None:
-        """Store ``scale``, (), as the new scale of the tensor."""
-        self.step.copy_(scale)
 
     def initial_scale(self, statistics: Statistics) -> Tensor:
         """Return absmax / (448 * 6), float64, ()."""

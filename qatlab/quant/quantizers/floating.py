@@ -18,8 +18,10 @@ class FloatingPoint(Quantizer):
 
     ``bits`` are those of the number, without the scale. The gradient to x passes unchanged where x is not clipped, and the
     scale counts as a constant. There are no integer codes; what ``kernels`` are chosen changes nothing.
-    A subclass writes ``scales``.
+    A subclass that stores a scale, which nothing learns, has it as the buffer ``step``; others write ``scales``.
     """
+
+    step: Tensor
 
     def __init__(self, format: str, *, channels: int, batched: bool, per_channel: bool = False) -> None:
         number = FORMATS[format]
@@ -30,6 +32,15 @@ class FloatingPoint(Quantizer):
     def integer_product(self) -> bool:
         """False, because floating-point numbers have no integer codes."""
         return False
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale that is stored: () of a tensor, (channels, 1) of weights per channel."""
+        return self.step
+
+    def store_scale(self, scale: Tensor) -> None:
+        """Store ``scale``, of the shape of the present one, as the new scale."""
+        self.step.copy_(scale)
 
     def scales(self, rows: Tensor) -> Tensor:
         """Return the scales of ``rows``, which are x in the shape that ``_rows`` gives; they broadcast over it."""

@@ -18,21 +18,10 @@ class FP8(FloatingPoint):
     float32: that of activations is (), from calibration, that of weights (channels, 1).
     """
 
-    step: Tensor
-
     @checked
     def __init__(self, format: Annotated[str, OneOf("e4m3", "e5m2")], *, channels: int, batched: bool) -> None:
         super().__init__(format, channels=channels, batched=batched, per_channel=not batched)
         self.register_buffer("step", self._empty_scale())
-
-    @property
-    def scale(self) -> Tensor:
-        """The scale s: () of activations, (channels, 1) of weights."""
-        return self.step
-
-    def store_scale(self, scale: Tensor) -> None:
-        """Store ``scale``, () or (channels, 1), as the new scale."""
-        self.step.copy_(scale)
 
     def initial_scale(self, statistics: Statistics) -> Tensor:
         """Return absmax / largest, float64, () or (channels, 1)."""

@@ -17,8 +17,8 @@ from qatlab.core.errors import UserError, nearest
 from qatlab.quant.inspect.hooks import on_inputs
 from qatlab.quant.layers.linear import QuantLayer, QuantLinear
 from qatlab.quant.layers.outliers import no_outliers, outliers_of
-from qatlab.quant.layers.walk import device_of, evaluating, full_precision, quant_layers, require_called
-from qatlab.quant.quantizers.base import Quantizer
+from qatlab.quant.layers.walk import evaluating, full_precision, quant_layers, require_called, run_all
+from qatlab.quant.quantizers.base import fitted
 from qatlab.quant.rewrites.inputs import LayerInputs
 
 COUNTS = (1, 2, 4, 8, 16, 32)  # channels of a layer that a budget chooses among
@@ -153,17 +153,13 @@ def _observed(
 ) -> tuple[dict[str, LayerInputs], int]:
     """Return the inputs of the ``layers`` of ``model`` in full precision by name, and the number of images."""
     inputs = {name: LayerInputs(sampled=True) for name in layers}
-    images = 0
 
     def remember(name: str, layer: nn.Module, given: tuple[Any, ...]) -> None:
         """Show the layer's input (B, ..., in) to its LayerInputs."""
         inputs[name].update(given[0])
 
     with evaluating(model), full_precision(model), on_inputs(layers, remember):
-        for batch in batches:
-            if len(batch):
-                model(batch.to(device_of(model)))
-                images += len(batch)
+        images = run_all(model, batches)
     if images == 0:
         raise UserError("outlier channels got no images: they are chosen on at least one.")
     require_called(layers, [name for name, seen in inputs.items() if seen.tokens])
@@ -193,20 +189,12 @@ def _rounding_error(layer: QuantLinear, seen: LayerInputs, channels: Tensor) -> 
     observed = torch.cat([x, x[:1], x[:1]])
     observed[-2, high.argmax()], observed[-1, low.argmin()] = high.max(), low.min()
     # A mean over tokens, each relative to its own output: the few tokens that the outliers fire on are the largest by far.
-    act = _fitted(layer.act_quantizer, observed)
+    assert layer.act_quantizer is not None
+    act = fitted(copy.deepcopy(layer.act_quantizer), observed)
     error = F.linear(act(x) - x, layer.weight).square().sum(-1)
     output = F.linear(seen.sample, layer.weight).square().sum(-1)
     some = output > 0
     return float((error[some] / output[some]).mean()) if bool(some.any()) else 0.0
-
-
-def _fitted(quantizer: Quantizer | None, observed: Tensor) -> Quantizer:
-    """Return a copy of an unfitted ``quantizer`` with its scale fitted to ``observed`` (n, in)."""
-    assert quantizer is not None
-    fitted = copy.deepcopy(quantizer)
-    fitted.observe(observed)
-    fitted.fit()
-    return fitted
 
 
 def _take_out(layer: QuantLinear, channels: Tensor) -> None:

@@ -14,9 +14,9 @@ from qatlab.core.domains import Count, OneOf, checked
 from qatlab.core.errors import UserError
 from qatlab.quant.inspect.hooks import on_inputs, on_outputs
 from qatlab.quant.layers.attention import RegisteredAttention, calling
-from qatlab.quant.layers.linear import QuantLayer
 from qatlab.quant.layers.registers import Registers, no_registers
-from qatlab.quant.layers.walk import device_of, evaluating
+from qatlab.quant.layers.walk import device_of, evaluating, quant_layers
+from qatlab.quant.ptq.second_moments import HELD_OUT
 from qatlab.towers import open_clip_vit
 from qatlab.towers.structure import Block
 
@@ -24,7 +24,6 @@ COUNTS = (4, 6, 8, 10, 12, 16, 20, 24, 32)  # numbers of neurons among which a s
 NORM = 5.0  # an outlier token's norm, at the least, over the median of all tokens
 LARGE = 2.0  # the same of outlier tokens from the first block on before which attention finds registers
 DEPTH = 2 / 3  # of the tower, before which outlier tokens have been made
-HELD_OUT = 4  # every fourth image is left out of the registers, and tells how well a number of neurons does
 
 
 class CachedRegisters:
@@ -148,8 +147,7 @@ def _blocks(visual: nn.Module) -> list[Block]:
     """Return the blocks of ``visual``; UserError unless it is a tower of open_clip's plain blocks, in full precision."""
     blocks = open_clip_vit.blocks_of(visual) if open_clip_vit.matches(visual) else []
     plain = [block for block in blocks if isinstance(block.attention.part, nn.MultiheadAttention)]
-    quantized = any(isinstance(module, QuantLayer) for module in visual.modules())
-    if not blocks or len(plain) < len(blocks) or quantized:
+    if not blocks or len(plain) < len(blocks) or quant_layers(visual):
         raise UserError(
             f"registers cannot be put into {type(visual).__name__}: they take a full-precision image tower of open_clip's own "
             "transformer blocks. Meet outliers with quant/rewrite=outlier_channels, smoothquant or rotation."

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from qatlab.core.errors import UserError
 from qatlab.quant.layers.attention import calling
-from qatlab.quant.layers.linear import QuantLayer
-from qatlab.quant.layers.walk import evaluating
+from qatlab.quant.layers.walk import device_of, evaluating, quant_layers
 from qatlab.quant.ptq.in_step import in_step
 from qatlab.quant.quantizers.base import Quantizer
 from qatlab.quant.quantizers.lsq import LSQ
@@ -80,8 +79,7 @@ class RepQ:
         the layer.
         """
         sites = {site.names[0]: site for site in self._sites(visual)}
-        device = next(visual.parameters()).device
-        images = [batch.to(device) for batch in batches if len(batch)]
+        images = [batch.to(device_of(visual)) for batch in batches if len(batch)]
         if not images:
             raise UserError("RepQ got no images to calibrate on: it needs at least one.")
         ranges: dict[str, tuple[Tensor, Tensor]] = {}
@@ -106,7 +104,7 @@ class RepQ:
     def _sites(self, visual: nn.Module) -> list[_Site]:
         """Return the norms of ``visual`` that are rewritten; UserError where there are none, or layers are quantized."""
         sites = list(_found(visual))
-        if not sites or any(isinstance(module, QuantLayer) for module in visual.modules()):
+        if not sites or quant_layers(visual):
             raise UserError(
                 f"RepQ cannot rewrite {type(visual).__name__}: it takes a full-precision tower whose blocks read the "
                 "residual stream through LayerNorms with a bias."

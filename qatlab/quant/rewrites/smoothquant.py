@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qatlab.core.domains import Between, OneOf, checked
-from qatlab.core.errors import UserError, nearest
+from qatlab.core.errors import UserError, naming, nearest
 from qatlab.quant.inspect.hooks import on_inputs
 from qatlab.quant.layers.attention import calling
-from qatlab.quant.layers.linear import QuantLayer
-from qatlab.quant.layers.walk import evaluating
-from qatlab.quant.quantizers.base import Quantizer, of_weight
+from qatlab.quant.layers.walk import evaluating, quant_layers
+from qatlab.quant.quantizers.base import Quantizer, fitted, of_weight
 from qatlab.quant.rewrites.inputs import LayerInputs
 from qatlab.towers.conv_edges import convolution_edges
 from qatlab.towers.edges import ChannelScale, Edge, edges_of
@@ -89,7 +87,7 @@ class SmoothQuant:
         for edge, seen in inputs.items():
             weight = torch.cat([reader.weight for reader in edge.readers])
             alpha = self.alpha[edge.group]
-            with _naming(edge):
+            with naming(f"layer {edge.readers[0].name}"):
                 alphas[edge] = self._search(weight, *seen) if alpha == "search" else alpha
             absmax = torch.stack([part.absmax for part in seen]).amax(0)
             scales[edge] = smoothing_scale(absmax, weight, alphas[edge])
@@ -105,7 +103,7 @@ class SmoothQuant:
     def _edges(self, visual: nn.Module) -> list[Edge]:
         """Return the edges of ``visual`` that are smoothed; UserError where there are none, or layers are quantized."""
         edges = [*edges_of(visual), *convolution_edges(visual)]
-        if not edges or any(isinstance(module, QuantLayer) for module in visual.modules()):
+        if not edges or quant_layers(visual):
             raise UserError(
                 f"SmoothQuant cannot rewrite {type(visual).__name__}: it takes a full-precision image tower with blocks "
                 "of open_clip or timm."
@@ -143,9 +141,9 @@ class SmoothQuant:
             # The extremes are added, because the sample may miss the
             # largest values, which decide the scale of an absmax grid.
             observed = torch.cat([for_scales.sample / scale, for_scales.extremes(scale)])
-            x = _calibrated(self.act(channels=x.shape[1], batched=True), observed)(x)
+            x = fitted(self.act(channels=x.shape[1], batched=True), observed)(x)
         if self.weight is not None:
-            smooth = _calibrated(of_weight(self.weight, smooth), smooth)(smooth)
+            smooth = fitted(of_weight(self.weight, smooth), smooth)(smooth)
         return float((F.linear(x, _taps(smooth)) - output).square().sum(dtype=torch.float64))
 
 
@@ -207,23 +205,6 @@ def _observe(visual: nn.Module, inputs: dict[Edge, list[LayerInputs]], batches: 
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             name = edge.readers[0].name
             raise UserError(f"layer {name}: its input or weight holds NaN or infinite values; look for broken images.")
-
-
-@contextmanager
-def _naming(edge: Edge) -> Iterator[None]:
-    """Inside this context a UserError begins with the name of the first layer that reads the input of ``edge``."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"layer {edge.readers[0].name}: {error}") from error
-
-
-def _calibrated(quantizer: Quantizer, x: Tensor) -> Quantizer:
-    """Return ``quantizer`` with its scale fitted to x, (n, in) or (out, in)."""
-    quantizer = quantizer.to(x.device)
-    quantizer.observe(x)
-    quantizer.fit()
-    return quantizer
 
 
 def _fold(edge: Edge, scale: Tensor) -> None:
